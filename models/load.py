@@ -26,7 +26,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         ValueError: If there is no such file, or it holds more than tensors.
     """
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ValueError(f"checkpoint {path} does not exist: name a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
             found: Any = load_file(path)
@@ -39,7 +39,9 @@ def read_weights(path: Path) -> dict[str, Any]:
             "reads"
         ) from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not the tensors of a model by name")
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}, not the tensors of a model by name: save its state_dict()"
+        )
     return official(found, torch.nn.Module())
 
 
@@ -152,7 +154,8 @@ def open_image(path: Path) -> Image.Image:
         ValueError: If there is no such file, or it is no image.
     """
     if not path.is_file():
-        raise ValueError(f"image {path} does not exist" if not path.exists() else f"{path} is a folder, not an image")
+        what = f"{path} is a folder, not an image" if path.exists() else f"image {path} does not exist"
+        raise ValueError(f"{what}: name an image file")
     try:
         return Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:

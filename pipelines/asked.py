@@ -33,7 +33,9 @@ def check_model(model: str) -> None:
         return
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"folder {folder} has no model_index.json, so it is not a diffusers pipeline")
+            raise ValueError(
+                f"folder {folder} has no model_index.json, so it is not a diffusers pipeline: name one of those"
+            )
     elif folder.suffix in WEIGHT_FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         names = ", ".join(EMBEDDED)
         raise ValueError(

@@ -38,6 +38,18 @@ def only_run(folder: Path) -> AbstractContextManager[None]:
     return alone(made_folder(folder)) if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
+def only_writer(file: Path | None) -> AbstractContextManager[None]:
+    """The result file of a run, which no other run may write to meanwhile: it would lose what this one adds.
+
+    Raises:
+        ValueError: If another run has it, or its folder cannot be written.
+    """
+    if file is None:
+        return nullcontext()
+    made_folder(file.parent)
+    return alone(file)
+
+
 def check_seed(seed: int) -> None:
     """Checks the seed of a run.
 

@@ -29,18 +29,18 @@ def dynamic_tables() -> dict[str, Callable[[], str]]:
 
 
 def mass_table() -> str:
-    """Every line of the chart: density and mass of each of its points."""
+    """Every line of the chart: density and what is caught at each of its points."""
     lines = result("dynamic-mass")["lines"]
     most = max(map(len, lines.values()))
     rows = []
     for name, points in sorted(lines.items(), key=lambda line: -_at_fifth(line[1])):
         cells = [f"{p['density']:.3f}: {p['mass']:.3f}" for p in points]
         rows.append([name, f"{_at_fifth(points):.3f}", *cells, *[""] * (most - len(cells))])
-    return table(["line", "mass at 0.2", *[f"point {i + 1}" for i in range(most)]], rows)
+    return table(["line", "caught at 0.2", *[f"point {i + 1}" for i in range(most)]], rows)
 
 
 def _at_fifth(points: list[dict[str, float]]) -> float:
-    """Mass at a density of a fifth, straight between the points on either side, or that of the nearest."""
+    """What is caught at a density of a fifth, straight between the points on either side, or that of the nearest."""
     by_density = sorted((p["density"], p["mass"]) for p in points)
     below = [p for p in by_density if p[0] <= 0.2]
     above = [p for p in by_density if p[0] > 0.2]

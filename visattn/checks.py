@@ -200,7 +200,10 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
     if not q.shape[2] or not k.shape[2] or not q.shape[3]:
         raise ValueError(f"{_shapes(q, k, v)} must have at least one head and one channel per head")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v")
+        raise ValueError(
+            f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v: "
+            "give each key head as many query heads"
+        )
 
 
 def _check_strided(name: str, given: torch.Tensor) -> None:

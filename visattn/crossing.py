@@ -58,6 +58,8 @@ class Crossing:
     @property
     def reason(self) -> str:
         """Why a module of a model is left dense."""
+        if self.dense_pays and self.sparse_ms < self.dense_ms:
+            return f"{self}: nearer than estimates can tell ({CLEAR - 1:.0%})"
         if self.dense_pays or self.device != "cuda":
             return str(self)
         return (

@@ -61,25 +61,35 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def read_tensors(path: Path, what: str, fix: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name of a safetensors file, and its metadata.
+    """Tensors by name of a safetensors file, and its metadata; errors as in `opened`."""
+    with opened(path, what, fix) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def opened(path: Path, what: str, fix: str, needs: str = "") -> Iterator[Any]:
+    """A safetensors file as `safetensors.safe_open` gives it.
 
     Args:
         path: The file.
-        what: What it holds, in the plural, as errors call it.
-        fix: What to do where there is none.
+        what: What it should be, as in "is no checkpoint".
+        fix: What to do about one that is not.
+        needs: Name in its metadata that tells it from other files, if there is one.
 
     Raises:
-        ValueError: If the file is missing or another one.
+        ValueError: If it is missing, not whole or something else.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(f"{what} {path} do not exist: {fix}")
+        raise ValueError(f"{path} does not exist: {fix}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            if needs and needs not in (file.metadata() or {}):
+                raise ValueError(f"{path} is no {what}: {fix}")
+            yield file
     except SafetensorError as error:
-        raise ValueError(f"{what} {path} are no safetensors file ({error})") from error
+        raise ValueError(f"{path} is no {what}, or not whole ({error}): {fix}") from error
 
 
 def read_text(path: Path) -> str:
@@ -167,21 +177,22 @@ def made_folder(folder: Path) -> Path:
 def alone(path: Path) -> Iterator[None]:
     """Keep a folder, or a file, for the length of the block: what another run would write there, mixed with this one's.
 
-    A file that is not there is made, and removed again if the block leaves it empty. The operating system lets go of it
-    however the process ends.
+    A file need not be there, and may be replaced by the block: what is locked is a hidden file beside it. The operating
+    system lets go of it however the process ends.
 
     Raises:
         ValueError: If another run has it.
     """
-    made = not path.exists()
-    lock = _lock(path, path.is_dir())
+    folder = path.is_dir()
+    locked = path if folder else path.with_name(f"{UNFINISHED}{path.name}.lock")
+    lock = _lock(locked, folder)
     if lock is None:
         raise ValueError(f"another run is writing to {path}: wait until it ends, or name another")
     try:
         yield
     finally:
-        if made and path.is_file() and not path.stat().st_size:
-            path.unlink()
+        if not folder and fcntl is not None:
+            locked.unlink(missing_ok=True)
         os.close(lock)
 
 

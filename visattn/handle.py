@@ -177,7 +177,9 @@ def _check_parallel(parallel: Any, package: str, caught: int, precision: str | N
     if not isinstance(parallel, str) or parallel not in ("ulysses", "halo"):
         raise ValueError(f"parallel={said(parallel)} must be 'ulysses', 'halo' or None")
     if package != "diffusers":
-        raise ValueError(f"parallel={parallel!r} shares the tokens of diffusers models, and the target is of {package}")
+        raise ValueError(
+            f"parallel={parallel!r} shares the tokens of diffusers models, and the target is of {package}: leave it out"
+        )
     if caught:
         raise ValueError(
             f"parallel={parallel!r} and caught={caught}: no process has all queries and keys, leave one out"

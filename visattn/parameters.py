@@ -169,11 +169,15 @@ class PatternParameters(nn.Module):
             raise ValueError(f"weights {path} are for other sites: {'; '.join(parts)}; apply as when they were saved")
         for site, pattern in self.patterns.items():
             if parse(texts[site]) != pattern:
-                raise ValueError(f"weights {path} are for {texts[site]} at {site}, not for {pattern}")
+                raise ValueError(
+                    f"weights {path} are for {texts[site]} at {site}, not for {pattern}; apply as when they were saved"
+                )
             shapes = {n: list(p.shape) for n, p in self[site].items()}
             found = {n: list(tensors[f"{site}.{n}"].shape) if f"{site}.{n}" in tensors else None for n in shapes}
             if found != shapes:
-                raise ValueError(f"weights {path} have {found} at {site}, where {pattern} takes {shapes}")
+                raise ValueError(
+                    f"weights {path} have {found} at {site}, where {pattern} takes {shapes}: pass those of this model"
+                )
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -182,7 +186,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Raises:
         ValueError: If the file is missing or not one that a handle saved.
     """
-    tensors, metadata = read_tensors(path, "weights", "pass a file that handle.save(path) wrote")
+    tensors, metadata = read_tensors(path, "file of weights", "pass a file that handle.save(path) wrote")
     if PATTERNS not in metadata:
         raise ValueError(f"weights {path} do not say which patterns they are for: pass a file that handle.save wrote")
     return tensors, json.loads(metadata[PATTERNS])

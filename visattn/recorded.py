@@ -173,7 +173,7 @@ def load_recorded(path: str | Path) -> tuple[list[Recorded], dict[str, Any]]:
         ValueError: If the file is missing or not such a file.
     """
     path = as_path(path)
-    tensors, metadata = read_tensors(path, "recorded calls", "`visattn record` writes such a file")
+    tensors, metadata = read_tensors(path, "file of recorded calls", "pass one that `visattn record` wrote")
     if CALLS not in metadata:
         raise ValueError(f"{path} holds no recorded calls: pass a file of `visattn record`")
     found = []

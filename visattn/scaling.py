@@ -32,7 +32,9 @@ def scaled(pattern: Pattern, grid: Grid, other: Grid) -> Pattern:
         ValueError: If the grids have different numbers of axes.
     """
     if len(grid) != len(other):
-        raise ValueError(f"{pattern} was chosen on grid {_text(grid)}, which has other axes than {_text(other)}")
+        raise ValueError(
+            f"{pattern} was chosen on grid {_text(grid)}, which has other axes than {_text(other)}: choose one for that"
+        )
     factors = [m / n for n, m in zip(grid, other, strict=True)]
     if isinstance(pattern, Neighborhood):
         rows = zip(pattern.axes(grid), other, factors, strict=True)

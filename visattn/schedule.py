@@ -147,7 +147,8 @@ class Schedule:
         unlisted = [pattern for pattern in self.patterns if not lists_tiles(pattern)]
         if self.precision is not None and unlisted:
             raise ValueError(
-                f"precision={self.precision!r} is for patterns that list key tiles, which {unlisted[0]} does not"
+                f"precision={self.precision!r} is for patterns that list key tiles, which {unlisted[0]} does not: "
+                "leave it out, or choose another pattern"
             )
 
     @classmethod
@@ -215,12 +216,13 @@ class Schedule:
             picked = set(range(len(sites))) if selectors is None else pick(selectors, sites, layers, model)
             for i in sorted(picked):
                 if found[i] is not None:
-                    raise ValueError(f"layer {sites[i].layer!r} is given twice: {found[i]} and {pattern}")
+                    raise ValueError(f"layer {sites[i].layer!r} is given twice: {found[i]} and {pattern}; name it once")
                 found[i] = pattern
         selected = list(dict.fromkeys(s.layer for s, p in zip(sites, found, strict=True) if p is not None))
         if self.dense_layers and self.dense_layers >= len(selected):
             raise ValueError(
-                f"dense_layers={self.dense_layers} leaves nothing of the {len(selected)} selected layers of {model}"
+                f"dense_layers={self.dense_layers} leaves nothing of the {len(selected)} selected layers of {model}: "
+                "pass fewer"
             )
         dense = set(selected[: self.dense_layers])
         pairs = zip(sites, found, strict=True)
@@ -344,7 +346,7 @@ def _rule(layers: Any, value: Any, file: str) -> tuple[Any, Given]:
 
 def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if not path.is_file():
-        raise ValueError(f"pattern file {str(path)!r} does not exist")
+        raise ValueError(f"pattern file {str(path)!r} does not exist: `visattn tune` writes such files")
     found = _parsed(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"{path.name} must map layers to patterns, like {{'0-3': 'dense', '4-': 'na(window=7x7)'}}")

@@ -81,27 +81,36 @@ def draw(
     check_layout(layout)
     if isinstance(pattern, Agent):
         return _draw_agents(pattern, layout)
-    shown, note = pattern, ""
-    if isinstance(pattern, SharingPattern):
-        shown = pattern.of
-        note = f"\npicture and numbers are of {shown} alone; one step in {pattern.every} computes anew for the others"
+    shown = pattern.of if isinstance(pattern, SharingPattern) else pattern
     check_listed(shown)
     where = _check_query(query, layout.grid)
     made = plan(shown, layout, tile)
     if isinstance(shown, RoutedPattern):
         made = with_routes(made, _example_routes(shown, made))
-        own = "for each head on its own " if isinstance(shown, DynamicPattern) else ""
-        what = "blocks" if own else "regions"
-        note += f"\nwhich {what} are seen depends {own}on q and k: these are those of smooth random ones (seed 0)"
     token = layout.prefix + int(np.ravel_multi_index(where, layout.grid))
     return column(
         [
             text(f"{pattern} on {layout}", size=22),
-            text(_caption(made) + note),
+            text(_caption(made) + _note(pattern, shown)),
             row([_query_panel(made, token, where), _map_panel(made)], gap=3 * GAP),
         ],
         margin=2 * GAP,
     )
+
+
+def _note(pattern: Pattern, shown: Pattern) -> str:
+    """Lines about what the pictures do not show."""
+    note = ""
+    if isinstance(pattern, SharingPattern):
+        note += f"\npicture and numbers are of {shown} alone; one step in {pattern.every} computes anew for the others"
+    if isinstance(shown, RoutedPattern):
+        own = "for each head on its own " if isinstance(shown, DynamicPattern) else ""
+        what = "blocks" if own else "regions"
+        note += f"\nwhich {what} are seen depends {own}on q and k: these are those of smooth random ones (seed 0)"
+    if isinstance(shown, DynamicPattern) and shown.rest != "drop":
+        rest = "the mean of each block that" if shown.pools_rest else "what"
+        note += f"\n{rest} is not seen takes part too, by rest={shown.rest}"
+    return note
 
 
 def _example_routes(pattern: RoutedPattern, made: TilePlan) -> Routes:

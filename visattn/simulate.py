@@ -176,7 +176,9 @@ def advise(
     pattern = parse(pattern)
     now = simulate(pattern, layout, tile)
     if not isinstance(pattern, Neighborhood):
-        raise ValueError(f"only na(...) has a stride to advise on; {pattern} has none")
+        raise ValueError(
+            f"only na(...) has a stride to advise on; {pattern} has none: pass a window, or ask for no advice"
+        )
     if layout.key_layout is not None:
         return Advice(now, (), "queries and keys are other tokens: advice is for one sequence")
     axes = pattern.axes(layout.grid)

@@ -67,7 +67,9 @@ def load_trained(path: Path) -> Trained:
 @lru_cache(maxsize=1)
 def _read(path: Path, changed: int, size: int) -> Trained:
     """Kept until another file is read: generating many images asks for the same one again and again."""
-    tensors, metadata = read_tensors(path, "weights", "name a student.safetensors that scripts.distill.pipeline wrote")
+    tensors, metadata = read_tensors(
+        path, "file of weights", "name a student.safetensors that scripts.distill.pipeline wrote"
+    )
     about = metadata.get(ABOUT)
     if about is None:
         raise ValueError(

@@ -99,7 +99,7 @@ class Tuned:
         try:
             found = json.loads(read_text(Path(path)))
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error})") from error
+            raise ValueError(f"{path} is no JSON ({error}): pass a file that `visattn tune` wrote") from error
         if not isinstance(found, Mapping) or "visattn_schedule" not in found:
             raise ValueError(
                 f"{path} is no schedule that `visattn tune` wrote: a mapping from layers to patterns by hand, or of "

@@ -64,7 +64,9 @@ def guide(
     by = perturbation_of(perturb)
     check_options(scale, strength, start, stop, layers, heads)
     if isinstance(pipe, torch.nn.Module):
-        raise ValueError(f"guide() needs the pipeline that adds up the predictions, not {type(pipe).__name__} alone")
+        raise ValueError(
+            f"guide() needs the pipeline that adds up the predictions, not {type(pipe).__name__} alone: pass that"
+        )
     check_handle(handle)
     if handle is not None and options:
         raise ValueError(f"handle= has its options already: leave {', '.join(sorted(options))} out")
@@ -106,7 +108,9 @@ class Guidance:
         found = [each for each in handle.patches if isinstance(each, PatchedModel)]
         found = [each for each in found if any(each.model is model for model in denoisers)]
         if not found:
-            raise ValueError(f"{type(pipe).__name__} has no denoiser that this handle patched")
+            raise ValueError(
+                f"{type(pipe).__name__} has no denoiser that this handle patched: pass the handle of this pipeline"
+            )
         # Nothing of a perturbation is no perturbation, and exactly so.
         scale = scale if strength else 0.0
         self._guided = [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from visattn.files import written_whole
+from visattn.files import alone, written_whole
 
 # Layer and head.
 Head = tuple[str, int]
@@ -22,7 +23,8 @@ class Trials:
         settings: What all scores have in common.
 
     Raises:
-        ValueError: If the file has scores with other settings, or is something else.
+        ValueError: On entering, if the file has scores with other settings, is something else, or another search has
+            it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -31,8 +33,17 @@ class Trials:
         self._settings = json.loads(json.dumps(settings, default=str))
         self._scores: dict[tuple[tuple[Head, ...], int], list[float]] = {}
         self._file: TextIO | None = None
+        self._open = ExitStack()
 
     def __enter__(self) -> Trials:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(alone(self._path))
+            self._begin(stack)
+            self._open = stack.pop_all()
+        return self
+
+    def _begin(self, stack: ExitStack) -> None:
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         whole, _, _ = text.rpartition("\n")
         lines = whole.split("\n") if whole else []
@@ -40,17 +51,14 @@ class Trials:
         if len(whole) < len(text.rstrip("\n")):
             with written_whole(self._path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = stack.enter_context(self._path.open("a", encoding="utf-8"))
         if not lines:
             self._write({"settings": self._settings})
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        self._file.close()
+        self._open.close()
 
     def get(self, heads: Iterable[Head], seed: int) -> list[float] | None:
         """Scores of the prompts with some heads, in any order, and a seed; None if they are not there."""

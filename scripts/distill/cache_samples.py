@@ -71,10 +71,10 @@ class Settings:
         if self.steps < 0 or self.threads < 0:
             raise ValueError(f"--steps {self.steps} and --threads {self.threads} must not be below 0")
         if self.labels is not None and self.prompts is not None:
-            raise ValueError("--labels and --prompts: a model takes one of them")
+            raise ValueError("--labels and --prompts: a model takes one of them, leave the other out")
         for name, path in (("prompts", self.prompts), ("images", self.images)):
             if path is not None and not path.exists():
-                raise ValueError(f"--{name} {path} does not exist")
+                raise ValueError(f"--{name} {path} does not exist: name what does")
         cli.check_seed(self.seed)
         check_guidance(self.guidance)
         if self.guidance < 0 and self.guidance != -1:
@@ -110,7 +110,7 @@ class Settings:
             raise ValueError(f"--prompts {self.prompts} is no file: pass a text file with a prompt in each line")
         lines = [line.strip() for line in read_text(self.prompts).splitlines() if line.strip()]
         if not lines:
-            raise ValueError(f"--prompts {self.prompts} has no prompt")
+            raise ValueError(f"--prompts {self.prompts} has no prompt: write one in each line")
         return lines
 
     @property
@@ -229,7 +229,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if not found:
-        raise ValueError(f"--images {folder} holds no {', '.join(IMAGES)}")
+        raise ValueError(f"--images {folder} holds no {', '.join(IMAGES)}: name a folder with some")
     return found
 
 

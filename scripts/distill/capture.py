@@ -45,7 +45,9 @@ def find_denoiser(pipe: Any) -> tuple[str, torch.nn.Module, str]:
     name, model = found[0]
     family = find_family(model)
     if family is None:
-        raise ValueError(f"{type(model).__name__} is a model class that visattn.apply does not know")
+        raise ValueError(
+            f"{type(model).__name__} is no model class that visattn.apply knows: `visattn models` lists them"
+        )
     return name, model, family.anchor
 
 

@@ -90,7 +90,9 @@ class Config(RunConfig):
         if wrong:
             raise ValueError(f"--train {self.train!r}: {wrong[0]!r} is none of {', '.join(PROJECTIONS)} (or none, all)")
         if self.lora and not self.projections:
-            raise ValueError(f"--lora {self.lora} needs projections to be put on, but --train is {self.train}")
+            raise ValueError(
+                f"--lora {self.lora} needs projections to be put on, but --train is {self.train}: name some"
+            )
         stages = parse_stages(self.stages)
         self._check_mass()
         if self.staged:
@@ -149,7 +151,9 @@ class Config(RunConfig):
         looks_local = self.model not in EMBEDDED and (self.model.count("/") != 1 or self.model.startswith("."))
         if looks_local and not (folder / "model_index.json").is_file():
             names = ", ".join(EMBEDDED)
-            raise ValueError(f"--model {self.model!r} is neither an embedded model ({names}) nor a pipeline folder")
+            raise ValueError(
+                f"--model {self.model!r} is neither an embedded model ({names}) nor a pipeline folder: name one"
+            )
         if not (self.samples / "index.json").is_file():
             raise ValueError(
                 f"--samples {self.samples} has no index.json: write it with scripts/distill/cache_samples.py --model "
@@ -157,7 +161,10 @@ class Config(RunConfig):
             )
         model = read_index(self.samples)["model"]
         if model != self.model:
-            raise ValueError(f"--samples {self.samples} were made by {model!r}, the teacher is --model {self.model!r}")
+            raise ValueError(
+                f"--samples {self.samples} were made by {model!r}, the teacher is --model {self.model!r}: "
+                "pass samples of its own"
+            )
 
     @classmethod
     def preset(cls, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scripts.opened import opened
-from visattn.files import write_json, written_whole
+from visattn.files import opened, write_json, written_whole
 
 LATENTS = "latents"
 NULL_SAMPLES = 4  # that are looked at for the row without a condition

@@ -13,8 +13,7 @@ import torch
 from scripts.distill.samples import save_tensors
 from scripts.distill.settings import CHANGEABLE, RunConfig
 from scripts.distill.sharing import like, whole
-from scripts.opened import opened
-from visattn.files import written_whole
+from visattn.files import opened, written_whole
 
 Tensors = Mapping[str, torch.Tensor]
 

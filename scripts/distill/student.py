@@ -203,7 +203,9 @@ def selected_sites(model: nn.Module, config: Config) -> dict[str, nn.Module]:
 def _assigned(model: nn.Module, config: Config) -> list[tuple[str, nn.Module, Any]]:
     family = find_family(model)
     if family is None:
-        raise ValueError(f"{type(model).__name__} is a model class that visattn.apply does not know")
+        raise ValueError(
+            f"{type(model).__name__} is no model class that visattn.apply knows: `visattn models` lists them"
+        )
     found = family.find_sites(model)
     schedule = Schedule.of(config.pattern_ends[0], config.layers, config.dense_layers)
     patterns = schedule.assign([site for site, _ in found], type(model).__name__)

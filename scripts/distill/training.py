@@ -42,7 +42,8 @@ class Training(Run):
         pipe: Any = load_pipeline(config.model, str(accelerator.device), "float32")
         if not hasattr(pipe, index.denoiser):
             raise ValueError(
-                f"{config.model} has no {index.denoiser}, which the samples in {config.samples} were made by"
+                f"{config.model} has no {index.denoiser}, which the samples in {config.samples} were made by: "
+                "cache samples of this model"
             )
         self.settings, self.pictures = config, Pictures(pipe, index, config.out / "samples")
         learner = Distiller(getattr(pipe, index.denoiser), index.anchor, config, mesh)

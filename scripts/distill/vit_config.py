@@ -43,10 +43,12 @@ class VitConfig(RunConfig):
         if self.augment > 2:
             raise ValueError(f"--augment {self.augment} must be from 0 to 2")
         if self.lora and self.train != "attention":
-            raise ValueError(f"--lora {self.lora} goes on the attention modules, but --train is {self.train}")
+            raise ValueError(
+                f"--lora {self.lora} goes on the attention modules, but --train is {self.train}: pass --train attention"
+            )
         if self.checkpoint is not None and not self.checkpoint.is_file():
-            hint = ": train it with scripts/train/digits_vit.py" * (self.model == DIGITS)
-            raise ValueError(f"--checkpoint {self.checkpoint} does not exist{hint}")
+            fix = "train it with scripts/train/digits_vit.py" if self.model == DIGITS else "name one that does"
+            raise ValueError(f"--checkpoint {self.checkpoint} does not exist: {fix}")
         if self.model == DIGITS and self.checkpoint is None:
             raise ValueError(f"--model {DIGITS} needs --checkpoint: train it with scripts/train/digits_vit.py")
         if (self.model == DIGITS) != (self.data == DIGITS):
@@ -65,7 +67,7 @@ class VitConfig(RunConfig):
                     f"--model {self.model!r} is no model of timm: e.g. {', '.join(near) or 'see timm.list_models'}"
                 )
         if self.data != DIGITS and not list_pictures(Path(self.data)):
-            raise ValueError(f"--data {self.data} holds no {', '.join(IMAGES)}")
+            raise ValueError(f"--data {self.data} holds no {', '.join(IMAGES)}: name a folder with some")
 
     @classmethod
     def losses(cls) -> tuple[str, ...]:

@@ -81,8 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data=Path("out/animoji-data"),
         out=Path("docs/results/animoji-quality.json"),
     )
-    with cli.told("measure_animoji"):
-        report(measure(parser.parse_args(arguments), judge_of, ClipDraftsman))
+    options = parser.parse_args(arguments)
+    with cli.told("measure_animoji"), cli.only_writer(options.out):
+        report(measure(options, judge_of, ClipDraftsman))
 
 
 if __name__ == "__main__":

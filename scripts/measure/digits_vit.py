@@ -21,7 +21,7 @@ from timm.models import VisionTransformer
 
 from scripts import cli
 from scripts.continued import earlier
-from scripts.train.digits_vit import Training, run
+from scripts.train.digits_vit import make_if_missing
 from scripts.train.digits_vit_model import (
     PATCH,
     SIZE,
@@ -116,22 +116,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    with cli.told("measure_digits_vit"):
+    with cli.told("measure_digits_vit"), cli.only_writer(options.out):
         config = Config(lr=options.lr, seed=options.seed)
-        if not options.model.is_file():
-            run(Training(Config(), options.model.parent), lambda line: print(line, flush=True))
+        make_if_missing(options.model)
         model = load_vit(options.model)
         report: dict[str, Any] = {"settings": settings_of(model, config, options.steps), "device": cpu_name()}
         known = earlier(options.out, report)
-    done = {row["pattern"]: row for row in known["rows"]} if known else {}
-    for pattern in options.patterns:
-        if pattern not in done:
-            done[pattern] = measure(model, pattern, config, options.steps)
-        row = done[pattern]
-        print(f"{pattern:<20} {row['as_trained']:7.2%} {row['fine_tuned']:7.2%}", flush=True)
-        if options.out:
-            rows = [done[each] for each in dict.fromkeys([*options.patterns, *done]) if each in done]
-            write_json(options.out, report | {"rows": rows}, indent=2)
+        done = {row["pattern"]: row for row in known["rows"]} if known else {}
+        for pattern in options.patterns:
+            if pattern not in done:
+                done[pattern] = measure(model, pattern, config, options.steps)
+            row = done[pattern]
+            print(f"{pattern:<20} {row['as_trained']:7.2%} {row['fine_tuned']:7.2%}", flush=True)
+            if options.out:
+                rows = [done[each] for each in dict.fromkeys([*options.patterns, *done]) if each in done]
+                write_json(options.out, report | {"rows": rows}, indent=2)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from scripts.distill.vit_config import DIGITS, VitConfig
 from scripts.train.digits_data import upscale
 from scripts.train.digits_vit_model import SIZE, load_vit, split
 from visattn import apply, convert_heads
-from visattn.files import made_folder, write_json
+from visattn.files import write_json
 from visattn.trained import Trained, load_own, load_trained, trained_weights
 
 PATTERNS = "na(window=3x3); na(window=5x5); clear(radius=4); linear(feature=hedgehog); mala; agent(agents=4x4)"
@@ -150,7 +150,6 @@ def run(settings: Settings) -> dict[str, Any]:
         "rows": [],
     }
     result = settings.result or settings.out / "figures.json"
-    made_folder(settings.out)
     for student in students:
         figures["rows"].append(measure(model, student))
         print(json.dumps(figures["rows"][-1]), flush=True)
@@ -161,7 +160,9 @@ def run(settings: Settings) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     with cli.told("measure_distill_vit"):
-        run(parse(Settings, __doc__, arguments))
+        settings = parse(Settings, __doc__, arguments)
+        with cli.only_run(settings.out), cli.only_writer(settings.result):
+            run(settings)
 
 
 if __name__ == "__main__":

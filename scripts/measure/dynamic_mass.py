@@ -3,10 +3,10 @@
     python -m scripts.measure.dynamic_mass --out docs/results/dynamic-mass.json --chart docs/pictures/dynamic-mass.svg
 
 The embedded emoji model draws pictures on the CPU with dense attention; at one step the queries, keys and values of its
-attention modules are taken. A pattern's mass is the share of the exact attention of grid queries that falls on what
-it lists, text included, as the mean over modules, heads and queries; its density is the listed share of the grid's
-pairs. The best possible mass of lists of blocks is that of the blocks that hold the most. The error is that of the
-output, relative to the norm of the dense output.
+attention modules are taken. Caught is the share of the exact attention of grid queries that falls on what a
+pattern lists, text included, as the mean over modules, heads and queries (`mass` of a point); its density is the listed
+share of the grid's pairs. The best possible of lists of blocks is that of the blocks that hold the most. The error is
+that of the output, relative to the norm of the dense output.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"patterns known after {time.monotonic() - start:.0f} s", flush=True)
         return found
 
-    with cli.told("dynamic_table"):
+    with cli.told("dynamic_table"), cli.only_writer(options.out):
         report(measure(options, module.judge_of, drawn_by, chosen))
 
 

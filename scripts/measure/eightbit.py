@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -122,22 +121,8 @@ def picture(pipe: Any, pattern: str, prompt: str, steps: int, watcher: Cosines |
     return torch.from_numpy(np.asarray(found)).permute(2, 0, 1)[None]
 
 
-def main() -> int:
-    """Measure what the file does not have yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=cli.file_to_write, required=True, help="JSON file")
-    parser.add_argument("--pictures", type=cli.count, default=len(PROMPTS), help="of each pattern")
-    parser.add_argument("--steps", type=cli.count, default=8)
-    parser.add_argument("--threads", type=cli.count, default=1)
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    report: dict[str, Any] = {
-        "device": cpu_name(), "steps": chosen.steps, "torch": torch.__version__, "pictures": {},
-    }  # fmt: skip
-    try:
-        report = earlier(chosen.out, report) or report
-    except ValueError as error:
-        sys.exit(str(error))
+def measure(report: dict[str, Any], chosen: argparse.Namespace) -> None:
+    """Add what a report lacks, and write it after each."""
 
     def keep() -> None:
         write_json(chosen.out, report)
@@ -165,8 +150,23 @@ def main() -> int:
             report["pictures"][key] = found
             print(key, found, flush=True)
             keep()
-    return 0
+
+
+def main() -> None:
+    """Measure what the file does not have yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=cli.file_to_write, required=True, help="JSON file")
+    parser.add_argument("--pictures", type=cli.count, default=len(PROMPTS), help="of each pattern")
+    parser.add_argument("--steps", type=cli.count, default=8)
+    parser.add_argument("--threads", type=cli.count, default=1)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    report: dict[str, Any] = {
+        "device": cpu_name(), "steps": chosen.steps, "torch": torch.__version__, "pictures": {},
+    }  # fmt: skip
+    with cli.told("measure_eightbit"), cli.only_writer(chosen.out):
+        measure(earlier(chosen.out, report) or report, chosen)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -285,8 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    with cli.told("measure_emoji"):
-        report(measure(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+    with cli.told("measure_emoji"), cli.only_writer(options.out):
+        report(measure(options))
 
 
 if __name__ == "__main__":

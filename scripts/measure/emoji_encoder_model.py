@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from scripts.train.emoji_captions import TOKENS, VOCABULARY, digest, shipped_tokenizer
-from visattn.files import written_whole
+from visattn.files import opened, written_whole
 
 # The judge that the project measures with.
 ENCODER = Path(__file__).with_name("emoji-encoder.safetensors")
@@ -163,16 +162,15 @@ def load_encoder(path: Path, device: str | torch.device = "cpu") -> tuple[DualEn
     Raises:
         ValueError: If the file is missing or something else.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: run python -m scripts.measure.emoji_encoder --out {path}")
+    again = f"run python -m scripts.measure.emoji_encoder --out {path}"
     encoder = DualEncoder()
+    with opened(path, "emoji encoder", again) as file:
+        about = (file.metadata() or {}).get("about")
+        tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     try:
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get("about")
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
         encoder.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is no emoji encoder ({str(error).splitlines()[0]})") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no emoji encoder ({str(error).splitlines()[0]}): {again}") from error
     if about is None:
         raise ValueError(f"{path} was not written by scripts.measure.emoji_encoder: it says nothing about itself")
     return encoder.to(device).eval().requires_grad_(False), json.loads(about)

@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     pipe: Any = load_pipeline("emoji", options.device)
     pipe.set_progress_bar_config(disable=True)
-    with cli.told("measure_guidance"):
+    with cli.told("measure_guidance"), cli.only_writer(options.out):
         if options.out is not None:
             measure(pipe, options)
             return

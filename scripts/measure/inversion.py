@@ -116,6 +116,24 @@ def _wide(words: Picture) -> Picture:
     return made
 
 
+def measure(pipe: Any, noise: torch.Tensor, report: dict[str, Any], options: argparse.Namespace, start: float) -> None:
+    """Adds the rows that a report lacks, and writes it after each."""
+    done = [{name: row[name] for name in ("kind", "pattern", "back", "guidance")} for row in report["rows"]]
+    order = [tuple(case.values()) for case in cases()]
+    for case in cases():
+        if case in done:
+            continue
+        if options.seconds and time.monotonic() - start > options.seconds:
+            print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
+            break
+        report["rows"].append({**case, **trip(pipe, case, noise, options.steps)})
+        print(json.dumps(report["rows"][-1]), flush=True)
+        report["rows"].sort(
+            key=lambda each: order.index((each["kind"], each["pattern"], each["back"], each["guidance"]))
+        )
+        write_json(options.out, report)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the file does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,22 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     settings = {"steps": options.steps, "size": options.size, "prompt": PROMPT, "torch": torch.__version__}
     report: dict[str, Any] = {"settings": settings, "devices": devices(), "rows": []}
-    with cli.told("inversion"):
-        report = earlier(options.out, report, options.device) or report
-    done = [{name: row[name] for name in ("kind", "pattern", "back", "guidance")} for row in report["rows"]]
-    order = [tuple(case.values()) for case in cases()]
-    for case in cases():
-        if case in done:
-            continue
-        if options.seconds and time.monotonic() - start > options.seconds:
-            print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
-            break
-        report["rows"].append({**case, **trip(pipe, case, noise, options.steps)})
-        print(json.dumps(report["rows"][-1]), flush=True)
-        report["rows"].sort(
-            key=lambda each: order.index((each["kind"], each["pattern"], each["back"], each["guidance"]))
-        )
-        write_json(options.out, report)
+    with cli.told("inversion"), cli.only_writer(options.out):
+        measure(pipe, noise, earlier(options.out, report, options.device) or report, options, start)
 
 
 if __name__ == "__main__":

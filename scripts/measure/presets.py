@@ -198,8 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--threads", type=cli.count, default=8)
     add("--seconds", type=cli.number, default=0.0, help="begin nothing after so long; 0: no limit")
     add("--out", type=cli.file_to_write, required=True, help="JSON file")
-    with cli.told("presets"):
-        failed = measure(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    with cli.told("presets"), cli.only_writer(options.out):
+        failed = measure(options)
     if failed:
         raise SystemExit(f"presets: {len(failed)} did not run: {failed[0]}")
 

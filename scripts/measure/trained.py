@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.runs = options.runs or Path(f"runs/trained-{options.kind}")
     options.out = options.out or Path(f"docs/results/trained-{options.kind}.json")
     options.size = options.size or KINDS[options.kind].size
-    with cli.told("measure_trained"):
+    with cli.told("measure_trained"), cli.only_run(options.runs), cli.only_writer(options.out):
         run(options)
 
 

@@ -5,7 +5,8 @@
 For each bound (PSNR to dense, in 95 % of the samples) `visattn.tuning` searches a schedule. The grid has each pattern
 for all layers, for all steps and with the first one or two parts of the steps dense. Both are chosen on the same
 samples with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so
-that the same command goes on where it was stopped; MODEL-results.json has what is done so far.
+that the same command goes on where it was stopped; MODEL-results.json has what is done so far. A second run of the same
+model in the same folder is refused while the first one writes there.
 """
 
 from __future__ import annotations
@@ -87,11 +88,15 @@ def in_turns(assignments: dict[str, Assignment], goal: Goal, measurer: Measurer)
     }
 
 
+def journal_of(options: argparse.Namespace) -> Path:
+    """The file of what is measured; models may be measured side by side in one folder."""
+    return options.out / f"{options.model}.jsonl"
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Searches for every bound, then measures the grid, and writes results after each."""
     start = time.monotonic()
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
     pipe: Any = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     size = None if options.size is None else (options.size, options.size)
@@ -114,9 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         quick=options.quick,
         steps=subject.steps,
     )
-    journal = Journal(
-        options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates, "edges": plan.edges}
-    )
+    journal = Journal(journal_of(options), subject.about() | {"candidates": plan.candidates, "edges": plan.edges})
 
     def tell(what: str, done: int, of: int) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {what}: {done} of {of}", flush=True)
@@ -228,8 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--threads", type=cli.count, default=8)
     add("--seconds", type=cli.number, default=280.0, help="nothing new is begun after so long")
     add("--out", type=Path, default=Path("out/tuned"), help="folder of results, journal and schedules")
-    with cli.told("tuned"):
-        report(measure(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+    with cli.told("tuned"), cli.only_writer(journal_of(options)):
+        report(measure(options))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 `digits` may lose half a point of accuracy on digits that its training has not seen; one half of them is measured, the
 other half verifies. Its model is trained first if it is not there (six minutes on two cores). `dinov2` has no weights
 and noise for pictures: it is for the time at a signal-to-noise ratio of 20 dB. What is measured is in a journal in
---out, so that the same command goes on where it was stopped.
+--out, so that the same command goes on where it was stopped; a second run of the same is refused meanwhile.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ SMALL = ("topk(keep={}, rest=mean, block=4x4)", "na(window={0}x{0})")
 def digits(model: Path, batch: int) -> BackboneSubject:
     """The trained ViT on digits that its training has not seen."""
     from scripts.train.digits_data import upscale
-    from scripts.train.digits_vit import Training, run
-    from scripts.train.digits_vit_model import SIZE, Config, load_vit, split
+    from scripts.train.digits_vit import make_if_missing
+    from scripts.train.digits_vit_model import SIZE, load_vit, split
 
-    if not model.is_file():
-        run(Training(Config(), model.parent), lambda line: print(line, flush=True))
+    make_if_missing(model)
     images, labels = split(seen=False)
     pictures = Pictures(lambda i: upscale(images[i : i + 1], SIZE)[0], len(labels), tuple(labels.tolist()), "digits")
     return BackboneSubject(load_vit(model), pictures, "digits-vit", batch)
@@ -98,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/tuned-timm"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with cli.told("tuned_timm"):
+    with cli.told("tuned_timm"), cli.only_writer(options.out / f"{options.what}.jsonl"):
         if options.what == "digits":
             subject = digits(options.model, options.batch)
             small = [SMALL[0].format(keep) for keep in (0.1, 0.2, 0.3, 0.5, 0.7)]

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scripts.opened import opened
-from visattn.files import written_whole
+from visattn.files import opened, written_whole
 
 FILE_BYTES = 15_000_000
 

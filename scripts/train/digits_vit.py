@@ -31,6 +31,8 @@ from scripts.train.digits_vit_model import (
 )
 from visattn.environment import chosen_device
 
+# What training leaves in its folder.
+FILE = "model.safetensors"
 LOG_EVERY = 20
 CHECKPOINT_SECONDS = 30.0
 
@@ -50,7 +52,7 @@ class Training:
         self.config, self.out, self.done = config, out, 0
         self.model, self.batches = build_vit().to(device), Batches(config)
         self.optimizer = build_optimizer(self.model)
-        self.checkpoint = out / "model.safetensors"
+        self.checkpoint = out / FILE
         out.mkdir(parents=True, exist_ok=True)
         if resume and self.checkpoint.is_file():
             self.done = load_state(self.checkpoint, config, self.model, self.optimizer)
@@ -89,6 +91,20 @@ def run(training: Training, report: Callable[[str], None] = print) -> float:
         accuracy = held_out_accuracy(training.model)
         log.write(json.dumps({"held_out_accuracy": accuracy}) + "\n")
     return accuracy
+
+
+def make_if_missing(model: Path) -> None:
+    """Trains the model of a file that is not there, which no other run may do meanwhile.
+
+    Raises:
+        ValueError: If another run does, or it has a name that the training does not give.
+    """
+    if model.is_file():
+        return
+    if model.name != FILE:
+        raise ValueError(f"{model} does not exist, and training makes {FILE}: name one that is there, or {FILE}")
+    with cli.only_run(model.parent):
+        run(Training(Config(), model.parent), lambda line: print(line, flush=True))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

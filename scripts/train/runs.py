@@ -15,8 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
 
-from scripts.opened import opened
-from visattn.files import written_whole
+from visattn.files import opened, written_whole
 
 
 def save_run(

@@ -66,11 +66,11 @@ def test_what_needs_no_library_is_refused_without_any(args, text, tmp_path, monk
     ("args", "text"),
     [
         (("--pattern", "topc(keep=0.2)"), "unknown pattern 'topc' (did you mean 'topk' or 'topp'?)"),
-        (("--pattern", "tuned.json"), "pattern file 'tuned.json' does not exist"),
+        (("--pattern", "tuned.json"), "pattern file 'tuned.json' does not exist: `visattn tune` writes"),
         (("--backend", "trition"), "unknown backend 'trition'; backends: auto, triton"),
         (("--dense-steps", "1.5"), "dense_steps=1.5 must be a count of steps like 12 or a fraction like 0.25"),
         (("--device", "gpu"), "device 'gpu' cannot be used on this machine (torch has none of this name): pass one"),
-        (("--weights", "none.safetensors"), "weights none.safetensors do not exist"),
+        (("--weights", "none.safetensors"), "none.safetensors does not exist: name a student"),
     ],
 )
 def test_what_needs_torch_is_refused_without_diffusers(args, text, tmp_path, monkeypatch):

@@ -36,6 +36,14 @@ def test_a_model_that_is_known(tmp_path):
     assert "sites   3, from transformer_blocks.0.attn1" in text and "8x8" in text
 
 
+def test_names_that_other_commands_take_are_known_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (found,) = examine("emoji")
+    assert found["class"] == "FluxTransformer2DModel" and len(found["sites"]) == 11
+    pytest.importorskip("timm")
+    assert examine("timm:vit_tiny_patch16_224") == examine("vit_tiny_patch16_224")
+
+
 def test_the_parts_of_a_pipeline_and_a_class_without_a_record(tmp_path):
     folder(tmp_path / "transformer", DIT)
     prior = {"_class_name": "PriorTransformer", "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1}

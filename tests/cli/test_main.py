@@ -135,7 +135,10 @@ def test_debug_shows_the_traceback(ended, i):
         (("simulate", "na(window=3x3x3)", "--grid", "8x8"), "has 3 values but the grid has 2 axes"),
         (("simulate", "dense", "--grid", "8x8", "--prefix", "-1"), "must be whole numbers of at least 0"),
         (("simulate", "dense", "--grid", "8x8", "--gpu", "v100"), "gpu 'v100' has no record: pass one of h100, h200"),
-        (("simulate", "dense", "--grid", "8x8", "--advise"), "only na(...) has a stride to advise on"),
+        (
+            ("simulate", "dense", "--grid", "8x8", "--advise"),
+            "only na(...) has a stride to advise on; dense has none: pass a window, or ask for no advice",
+        ),
         (("show", "dense", "--grid", "8x8", "--query", "a,b"), "--query 'a,b' must be one index per axis with commas"),
         (
             ("show", "dense", "--grid", "8x8", "--query", "8,0"),
@@ -195,6 +198,8 @@ def test_simulate_advises(run):
     out = run(*args)[1]
     assert "now" in out
     assert "100.0%" in out
+    # What the pattern leaves out is told too.
+    assert "of all query-key pairs are visible" in out and "full: visited tile pairs that need no mask" in out
     found = json.loads(run(*args, "--json")[1])
     assert found["better"][0]["full_share"] == 1
     assert "no tile fits this window" in run("simulate", "na(window=15x15)", "--grid", "64x64", "--advise")[1]

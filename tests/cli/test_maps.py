@@ -61,7 +61,7 @@ def test_a_model_of_images(command, folder):
     assert found["pruned"]["blocks.3.attn"]["divergence"] == pytest.approx(found["sites"][0]["importance"], abs=1e-5)
     assert Schedule.of(out / "schedule.json").patterns
     assert parse((out / "candidates.txt").read_text().splitlines()[0]) == parse("na(window=3x3)")
-    for name in ("heads", "kept", "similarity", "rollout", "rows-000", "read-001", "offsets-001"):
+    for name in ("heads", "caught", "similarity", "rollout", "rows-000", "read-001", "offsets-001"):
         picture = np.asarray(Image.open(out / f"{name}.png").convert("L"))
         assert min(picture.shape) > 60 and picture.std() > 3, name
     status, _, error = command("maps", *words, "--out", out)
@@ -72,7 +72,7 @@ def test_recorded_calls(command, folder):
     out = folder / "recorded"
     status, said, error = command("maps", folder / "calls.safetensors", "--step", 2, "--out", out, "--json")
     assert status == 0, error
-    assert {"maps.html", "heads.png", "kept.png"} <= set(json.loads(said)["files"])
+    assert {"maps.html", "heads.png", "caught.png"} <= set(json.loads(said)["files"])
     status, _, error = command("maps", folder / "calls.safetensors", "--step", 1, "--out", folder / "none")
     assert status == 2 and "has no step 1: pass --step 2" in error
 
@@ -106,8 +106,8 @@ def test_a_pipeline_whose_heads_differ_is_tuned_head_by_head(command, folder, mo
     status, said, error = command("maps", folder / "pipeline", *words, *patterns, "--out", out, "--importance", "none")
     assert status == 0, error
     sites = json.loads((out / "maps.json").read_text())["sites"]
-    kept = max((site["kept"]["na(window=3x3)"] for site in sites), key=lambda heads: abs(heads[0] - heads[1]))
-    mass = ["--mass", sum(kept) / 2]
+    caught = max((site["caught"]["na(window=3x3)"] for site in sites), key=lambda heads: abs(heads[0] - heads[1]))
+    mass = ["--mass", sum(caught) / 2]
     status, said, error = command("maps", folder / "pipeline", *words, *patterns, *mass, "--out", out, "--force")
     assert status == 0, error
     assert f"{len(sites)} modules, {2 * len(sites)} heads" in said

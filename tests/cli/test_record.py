@@ -107,10 +107,10 @@ def test_files_hold_everything(tmp_path):
     save_recorded(path, recorder.calls, force=True)
     with pytest.raises(ValueError, match="nothing was recorded"):
         save_recorded(tmp_path / "none.safetensors", [])
-    with pytest.raises(ValueError, match="do not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         load_recorded(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="are no safetensors file"):
+    with pytest.raises(ValueError, match="is no file of recorded calls, or not whole"):
         load_recorded(tmp_path / "bad.safetensors")
 
 

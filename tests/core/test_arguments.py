@@ -72,7 +72,7 @@ FUNCTIONS = {
     "maps.pruning": (maps.pruning, LOOKED),
     "maps.gradient": (maps.gradient, {**LOOKED, "probes": 1}),
     "maps.spread": (maps.spread, {"call": CALL}),
-    "maps.kept": (maps.kept, {"call": CALL, "pattern": WINDOW}),
+    "maps.caught": (maps.caught, {"call": CALL, "pattern": WINDOW}),
     "maps.received": (maps.received, {"call": CALL, "weights": torch.ones(1, 1, 20)}),
     "maps.rollout": (maps.rollout, {"calls": [CALL]}),
     "maps.rows": (maps.rows, {"call": CALL, "tokens": [1]}),

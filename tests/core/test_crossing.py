@@ -211,6 +211,18 @@ def test_choices_on_this_gpu_are_within_a_tenth_of_the_faster_one():
     assert [row for row in rows if not row["right"]] == []
 
 
+@pytest.mark.parametrize(
+    ("sparse", "dense", "said"),
+    [
+        (10.117, 10.126, "estimated 10.117 ms by tiles, 10.126 ms dense: nearer than estimates can tell (5%)"),
+        (10.2, 10.1, "estimated 10.200 ms by tiles, 10.100 ms dense"),
+    ],
+)
+def test_why_a_pattern_that_looks_faster_is_left_is_said(sparse, dense, said):
+    found = crossings.Crossing("tiles", sparse, dense, "eager", device="cpu")
+    assert found.dense_pays and found.reason == said
+
+
 def test_an_explanation_of_a_gpu_call_has_both_estimates(only_triton):
     small = problem(grid=(32, 32), heads=12, dim=64)
     both = tuple(dispatch.Candidate(each, Support(True), each.cost(small)) for each in (triton, dispatch.load("sdpa")))

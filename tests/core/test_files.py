@@ -51,16 +51,16 @@ def test_json_is_whole_or_as_it_was(tmp_path):
 
 def test_tensors_are_read_or_the_file_is_named(tmp_path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match=r"weights .*a\.safetensors do not exist: pass another"):
-        read_tensors(path, "weights", "pass another")
+    with pytest.raises(ValueError, match=r"a\.safetensors does not exist: pass another"):
+        read_tensors(path, "file of weights", "pass another")
     path.write_text("no tensors")
-    with pytest.raises(ValueError, match=r"weights .*a\.safetensors are no safetensors file"):
-        read_tensors(path, "weights", "pass another")
+    with pytest.raises(ValueError, match=r"a\.safetensors is no file of weights, or not whole \(.*\): pass another"):
+        read_tensors(path, "file of weights", "pass another")
     save_file({"x": torch.arange(3)}, path, {"about": "all"})
-    tensors, metadata = read_tensors(path, "weights", "pass another")
+    tensors, metadata = read_tensors(path, "file of weights", "pass another")
     assert metadata == {"about": "all"} and torch.equal(tensors.pop("x"), torch.arange(3)) and not tensors
     save_file({}, path)
-    assert read_tensors(path, "weights", "pass another") == ({}, {})
+    assert read_tensors(path, "file of weights", "pass another") == ({}, {})
 
 
 def test_folders_are_made_and_never_mixed_with_other_output(tmp_path):
@@ -186,14 +186,30 @@ class TestAlone:
             pass
         assert path.exists()
 
-    def test_a_file_is_made_for_the_lock_alone(self, tmp_path):
+    def test_nothing_but_what_the_block_writes_is_left(self, tmp_path):
         path = tmp_path / "file"
         with alone(path):
-            assert path.is_file()
-        assert not path.exists()
+            assert not path.exists() and os.listdir(tmp_path)
+        assert not os.listdir(tmp_path)
         with alone(path):
             path.write_text("x")
-        assert path.read_text() == "x"
+        assert path.read_text() == "x" and os.listdir(tmp_path) == ["file"]
+
+    def test_a_file_that_its_run_replaces_is_still_that_run_s(self, tmp_path):
+        path = tmp_path / "file.json"
+        with alone(path):
+            for value in (1, 2):
+                write_json(path, value)
+                with pytest.raises(ValueError, match=r"another run is writing to .*file\.json: wait"), alone(path):
+                    pass
+        with alone(path):
+            assert path.read_text() == "2\n"
+
+    def test_what_a_killed_run_has_left_locks_nothing(self, tmp_path):
+        (tmp_path / f"{UNFINISHED}file.json.lock").touch()
+        with alone(tmp_path / "file.json"):
+            pass
+        assert not os.listdir(tmp_path)
 
     def test_runs_that_begin_at_once_share_no_folder(self, tmp_path):
         gate, went, refused = threading.Barrier(8), [], []

@@ -96,7 +96,7 @@ def test_what_is_read_is_the_transposed_map(name):
         "dense",
     ],
 )
-def test_kept_mass_is_that_of_the_map_on_what_is_listed(text):
+def test_what_is_caught_is_that_of_the_map_on_what_is_listed(text):
     call = made("text and grouped heads")
     pattern = parse(text)
     if pattern.name in ("topk", "routing"):
@@ -106,25 +106,25 @@ def test_kept_mass_is_that_of_the_map_on_what_is_listed(text):
     else:
         seen = dense_mask(pattern, call.layout)
     wanted = (weights(call) * seen).sum(-1).transpose(1, 2)
-    same(maps.kept(call, text), wanted)
-    same(maps.kept(call, text, maps.spread(call).lse), wanted)
+    same(maps.caught(call, text), wanted)
+    same(maps.caught(call, text, maps.spread(call).lse), wanted)
 
 
-def test_kept_mass_of_each_head_and_of_hidden_keys():
+def test_what_is_caught_of_each_head_and_of_hidden_keys():
     call = made("text and grouped heads")
-    parts = [maps.kept(call, text) for text in ("na(window=3x3)", "topk(keep=0.4, block=2x2)")]
-    found = maps.kept(call, "perhead(heads={0: na(window=3x3)}, rest=topk(keep=0.4, block=2x2))")
+    parts = [maps.caught(call, text) for text in ("na(window=3x3)", "topk(keep=0.4, block=2x2)")]
+    found = maps.caught(call, "perhead(heads={0: na(window=3x3)}, rest=topk(keep=0.4, block=2x2))")
     same(found, torch.cat([parts[0][..., :1], parts[1][..., 1:]], -1))
     call = made("hidden keys")
-    same(maps.kept(call, "na(window=3x3)"), (weights(call) * dense_mask("na(window=3x3)", call.layout)).sum(-1).mT)
+    same(maps.caught(call, "na(window=3x3)"), (weights(call) * dense_mask("na(window=3x3)", call.layout)).sum(-1).mT)
 
 
 @pytest.mark.parametrize(
     "text", ["linear", "agent(agents=2)", "sigmoid(sparse=na(window=3x3))", "clear(radius=2, pool=2)"]
 )
 def test_patterns_that_select_no_keys_keep_no_mass(text):
-    with pytest.raises(ValueError, match=r"(keeps no mass|appends pooled keys)"):
-        maps.kept(made("text and grouped heads"), text)
+    with pytest.raises(ValueError, match=r"(catches no share|appends pooled keys)"):
+        maps.caught(made("text and grouped heads"), text)
 
 
 @pytest.mark.parametrize("name", ["text and grouped heads", "hidden keys"])
@@ -194,8 +194,8 @@ def test_the_overview_says_which_heads_bear_which_pattern():
     assert found.table(0.5)["layer.1"] == ["na(window=1x1)", "na(window=3x3)"]
     site = found.sites[0]
     assert site.distance[0] < 0.02 and site.entropy[0] < 0.02 and abs(float(site.entropy[1]) - 1) < 1e-9
-    same(site.kept["na(window=1x1)"][1], torch.tensor(1 / 16, dtype=torch.float64))
-    assert site.least["na(window=3x3)"][1] <= site.kept["na(window=3x3)"][1]
+    same(site.caught["na(window=1x1)"][1], torch.tensor(1 / 16, dtype=torch.float64))
+    assert site.least["na(window=3x3)"][1] <= site.caught["na(window=3x3)"][1]
     assert set(site.hops) == set(hop_windows((4, 4))) == {0, 1}
     torch.testing.assert_close(found.similarity[0::2, 0::2], torch.ones(2, 2))
     assert found.similarity[1].max() < 1e-3
@@ -206,12 +206,12 @@ def test_the_overview_says_which_heads_bear_which_pattern():
     assert set(checked(names, (4, 4))) == {"dense", *names} and set(found.patterns) < set(names)
     # What is for heads is for the layers whose heads those are.
     assert only == {name: {"layer.0", "layer.1"} for name in names if name.startswith("perhead")} != {}
-    assert json.loads(json.dumps(found.to_dict()))["sites"][0]["kept"]["na(window=1x1)"][1] == 0.0625
+    assert json.loads(json.dumps(found.to_dict()))["sites"][0]["caught"]["na(window=1x1)"][1] == 0.0625
     with pytest.raises(ValueError, match="mass=0 must be"):
         found.table(0)
     with pytest.raises(ValueError, match="no call to look at"):
         maps.overview([])
-    with pytest.raises(ValueError, match="keeps no mass"):
+    with pytest.raises(ValueError, match="catches no share"):
         maps.overview(calls, ["linear"])
 
 
@@ -251,7 +251,7 @@ def test_maps_need_no_map():
         # The first queries alone: dense attention of all would take long here.
         maps.offsets(call, 8)
         maps.rows(call, [3])
-        maps.kept(call, "na(window=5x5)", torch.zeros(1, layout.length, 1))
+        maps.caught(call, "na(window=5x5)", torch.zeros(1, layout.length, 1))
     assert max(shapes) < layout.length**2 / 8
 
 
@@ -273,7 +273,7 @@ def test_a_gpu_gives_the_same(name):
     for a, b in zip(one.sites, two.sites, strict=True):
         for field in ("mass", "distance", "offset", "entropy"):
             torch.testing.assert_close(getattr(b, field).double(), getattr(a, field), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(b.kept["na(window=3)"].double(), a.kept["na(window=3)"], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b.caught["na(window=3)"].double(), a.caught["na(window=3)"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(two.similarity.double(), one.similarity.double(), rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(maps.rollout(there).double().cpu(), maps.rollout(here), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(maps.offsets(there[0]).double().cpu(), maps.offsets(here[0]), rtol=1e-3, atol=1e-4)

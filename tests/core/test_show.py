@@ -9,7 +9,7 @@ from visattn import Layout, dense_mask, parse, plan
 from visattn.canvas import column, row, text
 from visattn.patterns import routed_mask
 from visattn.plans import with_routes
-from visattn.show import COLORS, FULL, PARTIAL, QUERY, SKIPPED, WASTED, draw, query_view, tile_map
+from visattn.show import COLORS, FULL, PARTIAL, QUERY, SKIPPED, WASTED, _note, draw, query_view, tile_map
 
 CASES = [
     ("na(window=5x7)", Layout((12, 9)), None),
@@ -92,6 +92,21 @@ def test_routed_patterns_show_the_tiles_that_some_q_and_k_choose():
         assert (np.isin(query_view(fixed, token), (PARTIAL, FULL)) == truth[token]).all()
     assert fixed.entries == made.entries
     assert draw(pattern, layout).width > 512
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("topk(keep=0.2, rest=mean)", "the mean of each block that is not seen takes part too, by rest=mean"),
+        ("topk(keep=0.2, rest=linear)", "what is not seen takes part too, by rest=linear"),
+        ("topk(keep=0.2)", "seed 0)"),
+        ("residual(of=na(window=9x9))", "are of na(window=9x9) alone; one step in 4 computes anew for the others"),
+        ("na(window=9x9)", ""),
+    ],
+)
+def test_what_the_picture_does_not_show_is_said(name, said):
+    pattern = parse(name)
+    assert _note(pattern, getattr(pattern, "of", pattern)).endswith(said)
 
 
 def test_agents_are_drawn_as_the_cells_they_pool():

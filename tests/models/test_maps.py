@@ -163,7 +163,7 @@ def test_saliency_maps_are_scored_on_masked_images(vit):
 
 
 def test_other_things_than_recorded_calls_and_forwards_are_refused():
-    for run in (maps.spread, lambda x: maps.kept(x, "dense"), lambda x: maps.rows(x, [0]), maps.offsets):
+    for run in (maps.spread, lambda x: maps.caught(x, "dense"), lambda x: maps.rows(x, [0]), maps.offsets):
         with pytest.raises(ValueError, match=r"None is no recorded call: pass one of those that visattn.maps.calls"):
             run(None)
     for run in (maps.overview, maps.rollout):

@@ -12,6 +12,7 @@ import visattn
 from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
 from visattn.pipelines.guidance import search
 from visattn.pipelines.guidance.search import find_heads, palette, sharpness
+from visattn.pipelines.guidance.trials import Trials
 
 GOOD = {("a", 1): 1.0, ("b", 0): 0.6, ("b", 2): 0.05}
 CANDIDATES = [(layer, head) for layer in "ab" for head in range(3)]
@@ -118,6 +119,14 @@ def test_objectives():
     assert sharpness(flat, [""])[0] == 0 and sharpness(checked, [""])[0] == pytest.approx(16.0)
     near = palette(checked)
     assert near(checked, [""])[0] == pytest.approx(0.0, abs=1e-6) and near(flat, [""])[0] < -0.5
+
+
+def test_a_second_search_is_refused_while_one_writes_its_scores(pipe, drawn, tmp_path):
+    with (
+        Trials(tmp_path / "a.jsonl", {}),
+        pytest.raises(ValueError, match=r"another run is writing to .*a\.jsonl: wait"),
+    ):
+        look(pipe, tmp_path / "a.jsonl", most=1)
 
 
 def test_wrong_use_is_refused(pipe, drawn, tmp_path):

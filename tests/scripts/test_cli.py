@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from scripts import cli
-from scripts.opened import opened
+from visattn.files import opened
 
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 

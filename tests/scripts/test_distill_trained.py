@@ -55,10 +55,10 @@ class TestTrained:
             torch.testing.assert_close(found, made.learner.student(x, **arguments).sample, atol=1e-5, rtol=1e-4)
 
     def test_wrong_files(self, tmp_path):
-        with pytest.raises(ValueError, match="do not exist"):
+        with pytest.raises(ValueError, match="does not exist"):
             load_trained(tmp_path / "nothing.safetensors")
         (tmp_path / "text.safetensors").write_text("text")
-        with pytest.raises(ValueError, match="no safetensors file"):
+        with pytest.raises(ValueError, match="is no file of weights, or not whole"):
             load_trained(tmp_path / "text.safetensors")
         samples.save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
         with pytest.raises(ValueError, match=r"not written by scripts\.distill\.pipeline"):
@@ -124,7 +124,7 @@ class TestStart:
         with pytest.raises(SystemExit, match=r"first/student.safetensors .* which does not learn here: train the same"):
             run(folder, tmp_path / "again", "--weights", path, "--train", "q")
         monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
-        with pytest.raises(SystemExit, match="do not exist"):
+        with pytest.raises(SystemExit, match="does not exist"):
             run(folder, tmp_path / "again", "--weights", str(tmp_path / "nothing.safetensors"))
 
 
@@ -169,7 +169,7 @@ class TestStudentFile:
         before = {n: v.clone() for n, v in pipe.transformer.state_dict().items()}
         with pytest.raises(ValueError, match=r"layers='0': .*itself says"):
             visattn.apply(pipe, path, layers="0")
-        with pytest.raises(ValueError, match="do not exist"):
+        with pytest.raises(ValueError, match="does not exist"):
             visattn.apply(pipe, tmp_path / "nothing.safetensors")
         with pytest.raises(ValueError, match="nothing"):
             visattn.apply(pipe, path, backend="nothing")
@@ -216,7 +216,7 @@ class TestStudentFile:
 
         monkeypatch.setattr(export, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
         given = ["--model", str(folder / "model"), "--weights", str(tmp_path / "no.safetensors")]
-        with pytest.raises(SystemExit, match="do not exist"):
+        with pytest.raises(SystemExit, match="does not exist"):
             export.main([*given, "--out", str(tmp_path / "out")])
         with pytest.raises(SystemExit, match="is not empty"):
             export.main([*given, "--out", str(folder)])

@@ -45,7 +45,7 @@ def classify(
         unused("for --probe", queries=queries != 32, epochs=epochs != 90, rate=rate != 0.1)
     if is_of_transformers(model):
         if probe:
-            raise ValueError(f"--probe is for models of timm, and {model} is one of transformers")
+            raise ValueError(f"--probe is for models of timm, and {model} is one of transformers: leave it out")
         if checkpoint is not None or classes is not None:
             raise ValueError(
                 f"{model} of transformers has its weights and classes: leave --checkpoint and --classes out"

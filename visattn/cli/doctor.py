@@ -12,7 +12,7 @@ from visattn.cli.options import JsonOption, print_json
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder of a diffusers pipeline or model, or a timm name: what is known of it."),
+        typer.Option(help="Folder of a diffusers pipeline or model, or an embedded or timm name: what is known of it."),
     ] = None,
     json: JsonOption = False,
 ) -> None:

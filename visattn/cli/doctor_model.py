@@ -8,12 +8,12 @@ from typing import Any
 
 
 def examine(model: str) -> list[dict[str, Any]]:
-    """What is known of each model in a folder of diffusers, or of a model of timm.
+    """What is known of each model in a folder of diffusers, of an embedded model or of a model of timm.
 
     Nothing is downloaded and no weight is read.
 
     Args:
-        model: The folder of a pipeline or model, or a name of timm.
+        model: The folder of a pipeline or model, or the name of an embedded model or of timm (also `timm:NAME`).
 
     Returns:
         For each model `part`, `class`, `family`, `tokens`, `sites` (paths), `grid` and `why` ("" if it is known).
@@ -21,14 +21,16 @@ def examine(model: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: If it is neither.
     """
-    folder = Path(model)
+    from visattn.pipelines.embedded import EMBEDDED
+
+    folder = EMBEDDED[model].folder if model in EMBEDDED and not Path(model).exists() else Path(model)
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
             config = _config(folder / name)
             return _parts(folder, config) if name == "model_index.json" else [_examine_diffusers("", config)]
     if folder.exists():
         raise ValueError(f"{model} must be the folder of a pipeline (model_index.json) or of a model (config.json)")
-    return [_examine_timm(model)]
+    return [_examine_timm(model.removeprefix("timm:"))]
 
 
 def _config(file: Path) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def _parts(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
         if index.get(name) and file.is_file():
             found.append(_examine_diffusers(name, _config(file)))
     if not found:
-        raise ValueError(f"{folder} has none of the models {', '.join((*DENOISERS, *CONTROLNETS))} with a config.json")
+        names = ", ".join((*DENOISERS, *CONTROLNETS))
+        raise ValueError(f"{folder} has none of the models {names} with a config.json: name the folder of a model")
     return found
 
 
@@ -75,7 +78,8 @@ def _examine_diffusers(part: str, config: dict[str, Any]) -> dict[str, Any]:
         )
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
         raise ValueError(
-            f"its config.json names {name or 'no _class_name'}, which is no model of diffusers {diffusers.__version__}"
+            f"its config.json names {name or 'no _class_name'}, which is no model of diffusers "
+            f"{diffusers.__version__}: name another folder, or install a version that has it"
         )
     try:
         with torch.device("meta"):

@@ -74,7 +74,7 @@ def parse_labels(text: str | None, option: str = "--label") -> tuple[int, ...]:
             raise ValueError(f"{option} {text!r} must be whole numbers like 3 or 0,3,7 or 0-9")
         first, last = int(match[1]), int(match[2] or match[1])
         if last - first >= MOST_LABELS - len(found):
-            raise ValueError(f"{option} {text!r} has more than {MOST_LABELS} numbers")
+            raise ValueError(f"{option} {text!r} has more than {MOST_LABELS} numbers: pass fewer")
         found += range(first, last + 1)
     return tuple(found)
 

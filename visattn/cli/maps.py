@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 IMPORTANCE = ("gradient", "pruning", "none")
 # The globs of what maps/written.py writes.
 WRITTEN = (
-    *("maps.html", "maps.json", "schedule.json", "candidates.txt", "heads.png", "kept.png", "similarity.png"),
+    *("maps.html", "maps.json", "schedule.json", "candidates.txt", "heads.png", "caught.png", "similarity.png"),
     *("rollout.png", "rows-???.png", "read-???.png", "offsets-???.png"),
 )
 
@@ -54,7 +54,7 @@ def maps(
         str | None,
         typer.Option(help="Whose row is shown: cls, or a position on the grid like 12,40.", show_default="the middle"),
     ] = None,
-    mass: Annotated[float, typer.Option(help="Share of dense attention that a head keeps to bear a pattern.")] = 0.9,
+    mass: Annotated[float, typer.Option(help="What is caught of a head that bears a pattern, a share.")] = 0.9,
     importance: Annotated[
         str, typer.Option(help="Of heads: gradient (one backward), pruning (a forward a head) or none.")
     ] = "gradient",
@@ -73,7 +73,7 @@ def maps(
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show what every head looks at: locality, entropy, mass that patterns keep, rows, rollout and importance."""
+    """Show what every head looks at: locality, entropy, what patterns catch, rows, rollout and importance."""
     if importance not in IMPORTANCE:
         raise ValueError(f"--importance {importance!r} must be one of {', '.join(IMPORTANCE)}")
     if not 0 < mass <= 1:
@@ -111,7 +111,7 @@ def maps(
 
 
 def _check_patterns(texts: list[str]) -> None:
-    """Raise a ValueError for what is no pattern, or one that keeps no mass on any grid, before a model is loaded."""
+    """Raise a ValueError for what is no pattern, or one that catches nothing on any grid, before a model is loaded."""
     from visattn.maps.measures import check_selecting
     from visattn.patterns import parse
 
@@ -139,7 +139,9 @@ def _subject(
         if model.startswith(TIMM) or (Path(model) / "config.json").is_file():
             raise ValueError(f"{model} looks at images: give some files behind its name")
         if checkpoint is not None or pretrained:
-            raise ValueError(f"--checkpoint and --pretrained are for models of images, and {model} got none")
+            raise ValueError(
+                f"--checkpoint and --pretrained are for models of images, and {model} got none: leave them out"
+            )
         return of_pipeline(model, device, dtype, settings, step)
     unused(
         "for pipelines, which take no image files",

@@ -82,7 +82,11 @@ def simulate(
         print_json(expected.to_dict()) if json else _print_estimate(expected, heads, head_dim)
     elif advise:
         advice = search(pattern, layout, box, volume=volume)
-        print_json(advice.to_dict()) if json else _print_advice(advice)
+        if json:
+            print_json(advice.to_dict())
+        else:
+            _print(advice.now)
+            _print_advice(advice)
     else:
         result = count(pattern, layout, box)
         print_json(result.to_dict()) if json else _print(result)
@@ -156,6 +160,7 @@ def _print_advice(advice: Advice) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    typer.echo("\nthe same window with other strides and tiles (full: visited tile pairs that need no mask):")
     table = Table(box=None, padding=(0, 3, 0, 0))
     for name in ("", "pattern", "tile (query : key)"):
         table.add_column(name, no_wrap=True)

@@ -163,7 +163,9 @@ def _check(
     """Refuse goals that do not go together or not with the model; `goals` are PSNR, speedup and accuracy."""
     psnr, speedup, accuracy = goals
     if sum(each is not None for each in (psnr, speedup, accuracy)) != 1:
-        raise ValueError("pass either --psnr or --speedup, or --accuracy of a timm model")
+        given = {"--psnr": psnr, "--speedup": speedup, "--accuracy": accuracy}
+        told = " and ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+        raise ValueError(f"{told or 'no goal'}: pass either --psnr or --speedup, or --accuracy of a timm model")
     of_timm = model.startswith("timm:")
     if of_timm != (pictures is not None) or (accuracy is not None and not of_timm):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What heads look at: locality, entropy, mass that patterns keep, rollout, rows and importance, without S x S.
+"""What heads look at: locality, entropy, what patterns catch, rollout, rows and importance, without S x S.
 
 Everything is computed from recorded calls (`calls`, or a file of `visattn record`) by further calls of `attention` with
 other values, so that memory grows with S and not with its square.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from visattn.maps.gather import calls
 from visattn.maps.importance import Pruned, gradient, pruning
-from visattn.maps.measures import Spread, kept, received, spread
+from visattn.maps.measures import Spread, caught, received, spread
 from visattn.maps.overview import Overview, Site
 from visattn.maps.rollout import rollout
 from visattn.maps.rows import Rows, offsets, rows
@@ -23,9 +23,9 @@ __all__ = [
     "Spread",
     "average_drop",
     "calls",
+    "caught",
     "confidence_gain",
     "gradient",
-    "kept",
     "offsets",
     "overview",
     "pruning",

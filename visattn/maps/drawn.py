@@ -36,8 +36,8 @@ def head_table(overview: Overview) -> Picture:
     return column([text("every head", size=16), image, note], margin=12)
 
 
-def kept_table(overview: Overview) -> Picture:
-    """Modules x patterns: a square a head, dark where little of its attention is kept."""
+def caught_table(overview: Overview) -> Picture:
+    """Modules x patterns: a square a head, dark where little of its attention is caught."""
     square, most = 12, max(site.heads for site in overview.sites)
     wide, names = most * square + 18, list(overview.patterns)
     key = column(
@@ -49,12 +49,12 @@ def kept_table(overview: Overview) -> Picture:
         left = NAMES + column_of * wide
         image.paste(text("abcdefghijklmnopqrstuvwxyz"[column_of % 26], size=13), (left, 6))
         for i, site in enumerate(overview.sites):
-            for head, value in enumerate(site.kept.get(name, ())):
+            for head, value in enumerate(site.caught.get(name, ())):
                 x, y = left + head * square, TOP + i * CELL + 10
                 pen.rectangle((x, y, x + square - 2, y + square - 2), fill=heat.color(float(value)))
     _names(image, overview)
     return column(
-        [text("mass that each pattern keeps, a square a head: dark 0, yellow 1", size=16), image, key], margin=12
+        [text("what each pattern catches, a square a head: dark 0, yellow 1", size=16), image, key], margin=12
     )
 
 

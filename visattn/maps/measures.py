@@ -99,8 +99,8 @@ def spread(call: Recorded) -> Spread:
 
 
 @torch.no_grad()
-def kept(call: Recorded, pattern: Pattern | str, lse: torch.Tensor | None = None) -> torch.Tensor:
-    """Mass of dense attention on the keys that a pattern lists: exp(LSE of the pattern - LSE of dense).
+def caught(call: Recorded, pattern: Pattern | str, lse: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of dense attention that a pattern catches, on the keys that it lists: exp(LSE of it - LSE of dense).
 
     Args:
         call: The call.
@@ -119,7 +119,7 @@ def kept(call: Recorded, pattern: Pattern | str, lse: torch.Tensor | None = None
     parsed = parse(pattern)
     if isinstance(parsed, PerHead):
         of_heads = parsed.of_heads(q.shape[2])
-        found = {each: kept(call, each, lse) for each in dict.fromkeys(of_heads)}
+        found = {each: caught(call, each, lse) for each in dict.fromkeys(of_heads)}
         return torch.stack([found[each][..., head] for head, each in enumerate(of_heads)], -1)
     chosen = selecting(parsed, call.layout.grid)
     if lse is not None and list(tensor(lse, "lse", "[B, S, H]").shape) != list(q.shape[:3]):
@@ -138,7 +138,7 @@ def check_selecting(pattern: Pattern) -> None:
     """Raise a ValueError for a pattern that is not softmax over some of the keys, whatever the grid."""
     if not isinstance(pattern, ListedPattern) or pattern.needs_weights:
         raise ValueError(
-            f"{pattern} is not softmax over some of the keys of each head, so it keeps no mass of dense attention: "
+            f"{pattern} is not softmax over some of the keys of each head, so it catches no share of dense attention: "
             "give patterns that select keys, like na(window=9x9) or topk(keep=0.2)"
         )
 

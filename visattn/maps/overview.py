@@ -13,7 +13,7 @@ from visattn.layout import Layout
 from visattn.patterns import parse
 from visattn.tuning.places import AT
 
-# Shares of dense attention that candidates for tuning keep.
+# Shares of dense attention that candidates for tuning catch.
 MASSES = (0.8, 0.9, 0.95)
 
 
@@ -28,9 +28,9 @@ class Site:
         distance: Root mean squared distance of query and keys on the grid, in shares of the grid's diagonal.
         offset: Mean key position minus query position, likewise [H, dims].
         entropy: In shares of the logarithm of the number of keys.
-        kept: Mass of dense attention that each pattern keeps, by its text.
-        least: What 95 % of the queries keep of it at least.
-        hops: The same mass for windows of 2 k + 1 tokens an axis, by k.
+        caught: Share of dense attention that each pattern catches, by its text.
+        least: What is caught of 95 % of the queries at least.
+        hops: The same for windows of 2 k + 1 tokens an axis, by k.
         importance: How much the output moves with the head, see `gradient`; None where it was not asked for.
     """
 
@@ -40,7 +40,7 @@ class Site:
     distance: torch.Tensor
     offset: torch.Tensor
     entropy: torch.Tensor
-    kept: Mapping[str, torch.Tensor]
+    caught: Mapping[str, torch.Tensor]
     least: Mapping[str, torch.Tensor]
     hops: Mapping[int, torch.Tensor] = field(default_factory=dict)
     importance: torch.Tensor | None = None
@@ -56,7 +56,7 @@ class Site:
         found |= {"prefix": self.layout.prefix, "suffix": self.layout.suffix}
         for name in ("mass", "distance", "offset", "entropy"):
             found[name] = _numbers(getattr(self, name))
-        for name in ("kept", "least"):
+        for name in ("caught", "least"):
             found[name] = {text: _numbers(values) for text, values in getattr(self, name).items()}
         found["hops"] = {str(k): _numbers(values) for k, values in self.hops.items()}
         return found | {"importance": None if self.importance is None else _numbers(self.importance)}
@@ -82,21 +82,23 @@ class Overview:
         """The sparsest pattern that each head of each module bears.
 
         Args:
-            mass: What a head has to keep of its dense attention, in the mean over its queries.
+            mass: Share of a head's dense attention that a pattern has to catch, in the mean over its queries.
 
         Returns:
-            Text of a pattern for each head, "dense" where none keeps enough, by module.
+            Text of a pattern for each head, "dense" where none catches enough, by module.
 
         Raises:
             ValueError: If the mass is out of range.
         """
-        must = "the share of dense attention that a head keeps, above 0 to 1"
+        must = "the share of a head's dense attention that is caught, above 0 to 1"
         mass = real(mass, "mass", must, lambda x: 0 < x <= 1)
         found = {}
         for site in self.sites:
             heads = []
             for head in range(site.heads):
-                good = [text for text in self.patterns if text in site.kept and float(site.kept[text][head]) >= mass]
+                good = [
+                    text for text in self.patterns if text in site.caught and float(site.caught[text][head]) >= mass
+                ]
                 heads.append(good[0] if good else "dense")
             found[site.site] = heads
         return found

@@ -38,7 +38,7 @@ def page(shown: Shown) -> str:
         f"<figure><h4>{_scatter_name(shown)}</h4>{svg.scatter(overview)}</figure>",
         f"<figure><h4>Over the depth</h4>{_trend(overview)}</figure>",
         "</div>",
-        _kept(shown),
+        _caught(shown),
         "<h2>Layers</h2>",
         *(_layer(i, site, shown) for i, site in enumerate(overview.sites)),
     ]
@@ -111,7 +111,7 @@ def _similarity(overview: Overview) -> str:
     return f"<figure><h4>Alike heads</h4>{image}<figcaption>{note}</figcaption></figure>"
 
 
-def _kept(shown: Shown) -> str:
+def _caught(shown: Shown) -> str:
     overview = shown.overview
     if not overview.patterns:
         return ""
@@ -126,8 +126,8 @@ def _kept(shown: Shown) -> str:
         rows.append(f'<tr><td>{link}</td><td class="bears"><code>{bears}</code></td>{cells}</tr>')
     head = f"<tr><th>module</th><th>bears at {shown.mass:.0%}</th>{names}</tr>"
     note = (
-        "Mass of dense attention that each pattern keeps, a square a head (dark 0, light 1), and the heads' mean. "
-        "The second column has the sparsest pattern that keeps enough, head by head: schedule.json is that for "
+        "Share of dense attention that each pattern catches, a square a head (dark 0, light 1), and the heads' mean. "
+        "The second column has the sparsest pattern that catches enough, head by head: schedule.json is that for "
         "visattn.apply, candidates.txt for visattn tune --candidates."
     )
     return (
@@ -137,7 +137,7 @@ def _kept(shown: Shown) -> str:
 
 
 def _cell(site: Site, name: str) -> str:
-    values = site.kept.get(name)
+    values = site.caught.get(name)
     if values is None:
         return "another grid"
     squares = []
@@ -162,7 +162,7 @@ def _layer(i: int, site: Site, shown: Shown) -> str:
     if site.hops:
         lines = {f"head {h}": [float(values[h]) for values in site.hops.values()] for h in range(site.heads)}
         drawn = svg.curves(lines, [str(k) for k in site.hops], "k of a window of 2k + 1 tokens an axis")
-        parts.append(f"<figure><h4>Mass within k tokens</h4>{drawn}</figure>")
+        parts.append(f"<figure><h4>Caught within k tokens</h4>{drawn}</figure>")
     return (
         f'<details open class="layer" id="layer-{i}"><summary><b>{i}</b> <code>{_text(site.site)}</code>, '
         f"{site.heads} heads on {_text(site.layout)}</summary>"

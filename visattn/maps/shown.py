@@ -40,7 +40,7 @@ class Shown:
         details: Maps by module.
         query: Whose rows these are, in words.
         pattern: Of the sparse rows, "" for none.
-        mass: What a head has to keep to bear a pattern.
+        mass: Share of dense attention that a pattern catches of a head that bears it.
         importance: What importance is, in words; "" without.
         picture: What the model saw or made, with its name; None without.
         rollout: Rollout on the grid, and whose, in words; None without, with the reason.

@@ -8,7 +8,7 @@ import torch
 
 from visattn.attend import attention
 from visattn.given import mapping, several, switch, tensor
-from visattn.maps.measures import kept, selecting, spread
+from visattn.maps.measures import caught, selecting, spread
 from visattn.maps.overview import Overview, Site
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.patterns.choice.stratified import sampled_rows
@@ -17,7 +17,7 @@ from visattn.recorded import Recorded, check_recorded
 
 # Queries whose outputs tell how alike heads are.
 COMPARED = 128
-# Share of the queries of a head that keep at least what `Site.least` says.
+# Share of the queries of a head of which at least what `Site.least` says is caught.
 LEAST = 0.05
 
 
@@ -28,7 +28,7 @@ def overview(
     importance: Mapping[str, torch.Tensor] | None = None,
     hops: bool = True,
 ) -> Overview:
-    """Locality, entropy, kept mass and importance of every head, exactly and without a map of S x S.
+    """Locality, entropy, what patterns catch, and importance of every head, exactly and without a map of S x S.
 
     Args:
         calls: One call of each module: `visattn.maps.calls`, or what `visattn record` wrote.
@@ -97,14 +97,14 @@ def _site(call: Recorded, patterns: Sequence[str], importance: torch.Tensor | No
         weight = there if values.ndim == 3 else there[..., None]
         return ((values * weight).sum((0, 1)) / weight.sum((0, 1)).clamp(min=1)).cpu()
 
-    masses, least = {}, {}
+    shares, least = {}, {}
     for text in patterns:
         try:
-            found = kept(call, text, seen.lse)[:, inner]
+            found = caught(call, text, seen.lse)[:, inner]
         except ValueError:
             # Levels of one model have different grids: a candidate is looked at where it is defined.
             continue
-        masses[text] = mean(found)
+        shares[text] = mean(found)
         some = found[there[..., 0] > 0].sort(0).values
         least[text] = some[int(LEAST * len(some))].cpu()
     own = hop_windows(call.layout.grid) if hops else {}
@@ -117,9 +117,9 @@ def _site(call: Recorded, patterns: Sequence[str], importance: torch.Tensor | No
         distance,
         mean(seen.offset),
         mean(seen.entropy[:, inner]),
-        masses,
+        shares,
         least,
-        {k: mean(kept(call, text, seen.lse)[:, inner]) for k, text in own.items()},
+        {k: mean(caught(call, text, seen.lse)[:, inner]) for k, text in own.items()},
         None if importance is None else importance.detach().float().cpu(),
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from visattn.canvas import Picture, column, text
 from visattn.files import written_whole
 from visattn.maps import heat
-from visattn.maps.drawn import head_table, kept_table
+from visattn.maps.drawn import caught_table, head_table
 from visattn.maps.overview import MASSES, Site
 from visattn.maps.page import page
 from visattn.maps.shown import Details, Shown, rollout_picture
@@ -26,7 +26,7 @@ def write(folder: Path, shown: Shown) -> list[Path]:
     overview, made = shown.overview, []
     pictures: dict[str, Picture] = {"heads.png": head_table(overview)}
     if overview.patterns:
-        pictures["kept.png"] = kept_table(overview)
+        pictures["caught.png"] = caught_table(overview)
     if overview.similarity is not None:
         pictures["similarity.png"] = heat.picture(heat.colors(overview.similarity.numpy(), 0, 1), 720)
     if shown.rollout[0] is not None:

@@ -101,7 +101,8 @@ class Linear(LinearForm):
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if `causal` is for another number of axes."""
         if self.causal and len(self.causal) != len(grid):  # type: ignore[arg-type]
-            raise ValueError(f"{self} is for grids of {counted(len(self.causal), 'axis', 'axes')}, not {len(grid)}")  # type: ignore[arg-type]
+            axes = counted(len(self.causal), "axis", "axes")  # type: ignore[arg-type]
+            raise ValueError(f"{self} is for grids of {axes}, not {len(grid)}: give causal a value for each axis")
 
     def causal_axis(self, grid: tuple[int, ...]) -> int | None:
         """The axis whose earlier positions are read, None if all are."""

@@ -160,7 +160,10 @@ class PerHead(HeadsPattern):
         for part in self.heads:
             first, last = part.span
             if first >= number or (last is not None and last > number):
-                raise ValueError(f"heads {part.heads} of {self} are not among the {number} heads of the call, from 0")
+                raise ValueError(
+                    f"heads {part.heads} of {self} are not among the {number} heads of the call: "
+                    f"name some of 0 to {number - 1}"
+                )
             last = number if last is None else last
             found[first:last] = [part.pattern] * (last - first)
         return found  # type: ignore[return-value]

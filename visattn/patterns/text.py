@@ -85,7 +85,7 @@ def _parsed(text: str, version: int) -> Pattern:
                 f"{name} has no parameter {key!r}{nearest(key, fields)}; parameters: {', '.join(fields) or 'none'}"
             )
         if key in given:
-            raise ValueError(f"{key!r} is given twice in {text!r}")
+            raise ValueError(f"{key!r} is given twice in {text!r}: give it once")
         given[key] = _value(value, types[key], f"{key}={value} in {text!r}")
     missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in given]  # type: ignore[arg-type]
     if missing:

@@ -33,7 +33,10 @@ class Goal:
     def check(self) -> None:
         """Raise a ValueError unless it is one of the three."""
         if sum(each is not None for each in (self.psnr, self.speedup, self.accuracy)) != 1:
-            raise ValueError("pass either the least PSNR, the most accuracy to lose, or the speed-up that you need")
+            raise ValueError(
+                f"psnr={self.psnr}, speedup={self.speedup} and accuracy={self.accuracy}: pass one, the least PSNR, "
+                "the speed-up that you need, or the most accuracy to lose"
+            )
 
     def score(self, outcome: Outcome) -> float:
         """How good an outcome is, as far as this goal asks: larger is better."""

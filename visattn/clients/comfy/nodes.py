@@ -77,7 +77,9 @@ class TunedAttention(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
         """True, or what is wrong with the file."""
-        return True if Path(file).is_file() else f"pattern file {file!r} does not exist"
+        return (
+            True if Path(file).is_file() else f"pattern file {file!r} does not exist: `visattn tune` writes such files"
+        )
 
     @classmethod
     def execute(cls, model: Any, file: str, start_percent: float) -> io.NodeOutput:

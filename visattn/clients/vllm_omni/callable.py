@@ -46,7 +46,9 @@ def sparse_attn(
     grid, prefix = tuple(params["grid"]), int(params.get("prefix", 0))
     suffix = q.shape[1] - prefix - Layout(grid).tokens
     if suffix < 0:
-        raise ValueError(f"a sequence of {q.shape[1]} tokens is shorter than prefix {prefix} + grid {grid}")
+        raise ValueError(
+            f"a sequence of {q.shape[1]} tokens is shorter than prefix {prefix} + grid {grid}: name its grid"
+        )
     layout = Layout(grid, prefix, suffix)
     options = {"key_mask": params.get("key_mask"), "backend": params.get("backend", "auto")}
     return attention(q, k, v, params["pattern"], layout, scale=softmax_scale, **options)
