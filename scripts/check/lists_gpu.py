@@ -137,8 +137,9 @@ def cases() -> list[Case]:
 def forward(case: Case, inputs: list[torch.Tensor], backend: str, mask: torch.Tensor | None) -> list[torch.Tensor]:
     """Output and log-sum-exp."""
     rpb = inputs[3] if case.rpb else None
-    given = *inputs[:3], case.pattern, case.layout
-    return list(attention(*given, key_mask=mask, rpb=rpb, backend=backend, return_lse=True))
+    q, k, v = inputs[:3]
+    found = attention(q, k, v, case.pattern, case.layout, key_mask=mask, rpb=rpb, backend=backend, return_lse=True)
+    return list(found)
 
 
 def run(case: Case, inputs: list[torch.Tensor], backend: str, mask: torch.Tensor | None) -> list[torch.Tensor]:
