@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, overhead, wall
+from visattn.kernels.choosing import choosing_cost
 from visattn.kernels.fused import fused
 from visattn.kernels.masks import visible
 from visattn.kernels.scores import log_sum_exp
@@ -62,6 +63,8 @@ class Sdpa(Backend):
             own_ms += CHOOSING_MS
             apart = isinstance(problem.pattern, DynamicPattern)
             pairs += problem.dense_pairs * CHOSEN[apart] / problem.head_dim
+            choosing = choosing_cost(problem.pattern, problem.layout, problem.head_dim)
+            pairs += max(1, problem.batch) * problem.heads * choosing
         # Few queries are bound by one program's way through all keys.
         pairs = max(pairs, overhead(problem, 0, KEYS_US * problem.layout.keys.length / 128))
         pairs += overhead(problem, 0, DEVICE_US)

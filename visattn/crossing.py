@@ -35,6 +35,7 @@ class Crossing:
         mode: How the call is made, see `Problem`.
         saved_ms: Time of the device alone that the pattern saves.
         device: Whose times these are, "cpu" or "cuda".
+        listed: Share of the keys that q and k made their lists visit, None for what is expected.
     """
 
     backend: str
@@ -43,6 +44,7 @@ class Crossing:
     mode: str
     saved_ms: float = 0.0
     device: str = "cuda"
+    listed: float | None = None
 
     @property
     def dense_pays(self) -> bool:
@@ -69,6 +71,7 @@ class Crossing:
 
     def __str__(self) -> str:
         way = "" if self.mode == "eager" else f" ({self.mode})"
+        way += "" if self.listed is None else f", for up to {self.listed:.2f} of the keys are listed"
         return f"estimated {self.sparse_ms:.3f} ms by {self.backend}, {self.dense_ms:.3f} ms dense{way}"
 
 
@@ -100,7 +103,8 @@ def _crossing(problem: Problem, version: int, gpu: int, threads: int) -> Crossin
     times = milliseconds(problem, sparse.cost(problem)), milliseconds(problem, dense_cost(problem))
     alone = replace(problem, mode="captured")
     saved = dense_cost(alone) - sparse.cost(alone)
-    return Crossing(sparse.name, *times, problem.mode, milliseconds(problem, saved), problem.device)
+    saved_ms = milliseconds(problem, saved)
+    return Crossing(sparse.name, *times, problem.mode, saved_ms, problem.device, problem.listed)
 
 
 def slower_in_8_bits(problem: Problem) -> str:

@@ -115,6 +115,8 @@ class Problem:
             where they keep the host from nothing).
         precision: What products are computed in: one of `PRECISIONS`, or None for the dtype of q.
         strict: Whether torch is told to refuse what is not deterministic.
+        listed: Share of the key tiles that query tiles visit, where q and k have made their lists already; None where
+            what is expected has to do.
     """
 
     pattern: Pattern
@@ -132,6 +134,7 @@ class Problem:
     mode: str = "eager"
     precision: str | None = None
     strict: bool = False
+    listed: float | None = None
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:

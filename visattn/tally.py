@@ -213,7 +213,9 @@ class Tally:
             for site, cells in self._cells.items():
                 row = rows.setdefault(site, Row())
                 for own, cell in cells.items():
-                    row.add(cell, _mean(alike[own]), _mean(alike[own], choosing=True))
+                    # What was to run and was outdone counts elsewhere.
+                    if cell.calls:
+                        row.add(cell, _mean(alike[own]), _mean(alike[own], choosing=True))
             for site, seconds in self._besides.items():
                 row = rows.setdefault(site, Row())
                 for kind, value in seconds.items():

@@ -12,6 +12,7 @@ import torch
 
 from visattn.dispatch import Backend, Prepared, overhead
 from visattn.keep import kept
+from visattn.kernels.choosing import choosing_cost
 from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import AxisKinds, box_groups
 from visattn.kernels.tiles.eightbit import simulate, simulates
@@ -23,6 +24,7 @@ from visattn.kernels.tiles.rule import (
     CALL_MS,
     KEPT_MS,
     ROUTE_MS,
+    ROWS_PAIR,
     choose_axes,
     problem_cost,
     routed_cost,
@@ -30,6 +32,7 @@ from visattn.kernels.tiles.rule import (
 )
 from visattn.layout import Layout
 from visattn.operands import wants_gradient
+from visattn.outdone import weigh, weighed
 from visattn.patterns import (
     BiasedPattern,
     DynamicPattern,
@@ -37,6 +40,7 @@ from visattn.patterns import (
     Pattern,
     PooledPattern,
     RoutedPattern,
+    Routes,
     SpannedPattern,
 )
 from visattn.patterns.choice.merging import BITS, merge
@@ -51,6 +55,8 @@ MOSTLY_FULL = 0.9
 SMALL_KEY_TILE = 8
 # Tokens of a query block up to which blocks share a tile: one of 4x4 is as fast alone (docs/cpu-engine.md).
 SHARING = 4
+# How many times longer than expected lists are at least that an estimate looks at again.
+LONGER = 1.1
 # Time of a call whose 8 bits are simulated over the same without, and over dense attention where q and k choose, whose
 # mask of all pairs is walked through: for errors, not for speed.
 SIMULATED = 7.0
@@ -79,13 +85,14 @@ class Tiles(Backend):
     def cost(self, problem: Problem) -> float:
         """The measured rule: pairs, moved keys and queries, and a fixed time per batch; of routed lists, per token."""
         pattern, layout = problem.pattern, problem.layout
-        problems = _problems(pattern, layout, problem.rpb)
+        problems = _problems(pattern, layout, problem.rpb, problem.listed)
         routed = _is_routed(pattern, layout)
-        pairs, fixed = 0.0, CALL_MS
+        pairs, fixed = choosing_cost(pattern, layout, problem.head_dim) if routed else 0.0, CALL_MS
         if routed:
             n, queries, keys = problems.pop(0)
             pools = isinstance(pattern, DynamicPattern) and pattern.pools_rest
-            pairs += n * routed_cost(queries, keys) + token_cost(layout.length, pools)
+            rows = ROWS_PAIR / problem.head_dim if _rows_differ(pattern, layout) else 0.0
+            pairs += n * routed_cost(queries, keys, rows) + token_cost(layout.length, pools)
             fixed += ROUTE_MS
         row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
         batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
@@ -156,8 +163,15 @@ def visited_pairs(pattern: Pattern, layout: Layout, rpb: bool = False) -> int:
     return sum(number * queries * keys for number, queries, keys in problems)
 
 
-def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, int, int]]:
-    """Number, queries and keys of the problems of each group, for one sample; those of a routed group first."""
+def _problems(pattern: Pattern, layout: Layout, rpb: bool, listed: float | None = None) -> list[tuple[int, int, int]]:
+    """Number, queries and keys of the problems of each group, for one sample; those of a routed group first.
+
+    Args:
+        pattern: The pattern.
+        layout: The tokens.
+        rpb: Whether a relative position bias is added.
+        listed: Share of the key tiles that a routed group visits, None for what is expected.
+    """
     cpu = torch.device("cpu")
     if not _is_routed(pattern, layout):
         axes = _axes(pattern, layout, rpb)
@@ -169,12 +183,12 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
     else:
         tiles = _routed_plan(pattern, layout)
         groups, fixed = _dense(pattern, layout, cpu)
-        keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
+        number = tiles.routed_tiles if listed is None else math.ceil(listed * tiles.keys.runs[1])
+        keys = number * tiles.keys.capacity + (0 if fixed is None else len(fixed))
         if isinstance(pattern, DynamicPattern) and pattern.pools_rest:
             keys += pattern.blocks(layout.grid).columns
         first = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
-    listed = [(len(group.queries), group.queries.shape[1], group.length) for group in groups]
-    return [*first, *listed]
+    return [*first, *((len(group.queries), group.queries.shape[1], group.length) for group in groups)]
 
 
 def _of_axes(axes: Sequence[AxisKinds], more: int) -> list[tuple[int, int, int]]:
@@ -193,9 +207,28 @@ def _routed_plan(pattern: Pattern, layout: Layout) -> TilePlan:
     """The tiles of a routed pattern: its own, or larger ones of queries where its blocks are small."""
     shared = sharing_tiles(pattern, layout, SHARING)
     if shared is None:
-        return plan(pattern, layout)
+        if not isinstance(pattern, DynamicPattern):
+            return plan(pattern, layout)
+        grid = pattern.tiled_layout(layout).grid
+        return plan(pattern, layout, (pattern.side_tile(grid, BITS, False), pattern.side_tile(grid, BITS, True)))
     grid = shared.tiled_layout(layout).grid
     return plan(shared, layout, (shared.side_tile(grid, BITS, keys=False), shared.side_tile(grid, BITS, keys=True)))
+
+
+def _rows_differ(pattern: Pattern, layout: Layout) -> bool:
+    """Whether rows of a query tile of lists that q and k choose see different keys of a listed tile."""
+    if not isinstance(pattern, DynamicPattern):
+        return False
+    return pattern.blocks(layout.grid).in_order or sharing_tiles(pattern, layout, SHARING) is not None
+
+
+def _weigh(routes: Routes, tiles: TilePlan) -> None:
+    """Ask whoever wants to know whether lists that came out longer than expected are to be run."""
+    if not weighed():
+        return
+    number = routes.tiles.shape[3] if routes.counts is None else routes.counts.double().mean().item()
+    if number > LONGER * tiles.routed_tiles:
+        weigh(tiles.layout, number / tiles.keys.runs[1])
 
 
 class Listed(NamedTuple):
@@ -253,6 +286,7 @@ def listed_call(
         routes = pattern.routes_of(choice, tiles)
     else:
         routes = pattern.route(q, k, tiles, mask, call.scale)
+    _weigh(routes, tiles)
     heads = Heads(routes.groups, q.shape[2], k.shape[2])
     in_order = isinstance(pattern, DynamicPattern) and pattern.blocks(layout.grid).in_order
     group = routed_group(tiles, routes.flat(), fixed, rest, merged, in_order)

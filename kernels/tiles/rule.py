@@ -22,7 +22,9 @@ CALL_MS = 0.15
 # ... and one that chooses its lists.
 ROUTE_MS = 1.0
 # Keys of such lists move in whole tiles, most of which need no mask, ...
-ROUTED_PAIR, KEY_OF_TILE = 1.1, 16.0
+ROUTED_PAIR, KEY_OF_TILE = 1.1, 10.0
+# ... unless rows of a tile see different keys of it, whose masks are made anew, in channels of a pair, ...
+ROWS_PAIR = 110.0
 # ... but choosing, and putting keys and values in the order of their tiles, takes this for each token, ...
 TOKEN = 200.0
 # ... and more where what is not listed is pooled.
@@ -37,9 +39,15 @@ def problem_cost(queries: float, keys: float) -> float:
     return keys * (PAIR * queries + PER_TILE + KEY) + QUERY * queries
 
 
-def routed_cost(queries: float, keys: float) -> float:
-    """The same where whole key tiles of a list that q and k choose are moved; besides, tokens cost `token_cost`."""
-    return keys * (ROUTED_PAIR * queries + PER_TILE + KEY_OF_TILE) + QUERY * queries
+def routed_cost(queries: float, keys: float, rows: float = 0.0) -> float:
+    """The same where whole key tiles of a list that q and k choose are moved; besides, tokens cost `token_cost`.
+
+    Args:
+        queries: Of the problem.
+        keys: Of it.
+        rows: What a pair costs more where rows of a tile see different keys of it.
+    """
+    return keys * ((ROUTED_PAIR + rows) * queries + PER_TILE + KEY_OF_TILE) + QUERY * queries
 
 
 def token_cost(tokens: float, pools: bool) -> float:

@@ -20,8 +20,9 @@ from visattn.models.swap.places import ALONE, Places
 from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
 from visattn.operands import wants_gradient
+from visattn.outdone import Outdone
 from visattn.parameters import following
-from visattn.patterns import Dense, Pattern
+from visattn.patterns import Dense, DynamicPattern, Pattern
 from visattn.patterns.traced import constant
 from visattn.problem import Call, Problem
 from visattn.registry import REGISTRY
@@ -274,15 +275,28 @@ class Swapped:
             precision = None if cells[0].kept else precision
             if precision is not None:
                 run = attention_through
-            with tally.hearing(cells, begun):
-                found = run(q, k, v, self.pattern, layout, precision=precision, **options)
+            ran = self._weighed(q.shape[0], layout, rpb)
+            try:
+                with tally.hearing(cells, begun), ran.weighing():
+                    found = run(q, k, v, self.pattern, layout, precision=precision, **options)
+            except Outdone as lists:
+                ran = ran.outdone(lists.listed)
+                found, cells = attention(q, k, v, Dense(), layout, **options), ran.cells(tally, self.path, q.device)
             tally.end(cells, begun)
-            self._note(_RAN)
+            self._note(ran)
             show_weights(self.attention, self.path, q, k, call)
             if self.run.watcher is not None and rpb is None:
                 self.run.watcher(Watched(self.path, q, k, v, found, self.pattern, (layout,), scale, key_mask, own))
         out, sums = found if lse else (found, None)
         return out.transpose(1, 2), None if sums is None else sums.transpose(1, 2)
+
+    def _weighed(self, batch: int, layout: Layout, rpb: torch.Tensor | None) -> Verdict:
+        """What runs for calls on a layout: what was decided where the module's own attention could, if lists weigh."""
+        if rpb is None and self.run.watcher is None and isinstance(self.pattern, DynamicPattern):
+            for verdict, _ in self._own.values():
+                if verdict.weighs and verdict.layouts == (layout,) and verdict.problems[0].batch == batch:
+                    return verdict
+        return _RAN
 
     def _cells(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Cell, ...]:
         """Where a call that runs the pattern counts; that is known of calls like earlier ones."""

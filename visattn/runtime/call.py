@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +51,11 @@ class AttentionCall:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v."""
         return self.q, self.k, self.v
+
+    @property
+    def shapes(self) -> Hashable:
+        """What calls that are alike have in common, whatever runs them."""
+        return self.q.shape, self.k.shape, self.q.dtype
 
     @property
     def factor(self) -> float:

@@ -12,6 +12,7 @@ from visattn.attend import attention
 from visattn.counts import Cell
 from visattn.dispatch import load
 from visattn.layout import Layout
+from visattn.outdone import Outdone
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.patterns.choice.memory import placing
@@ -114,21 +115,26 @@ class Runner:
             parameters = following(self.parameters, device)
         fit = self.fit(call)
         sequences = Sequences.of(call, fit.keys, fit.layouts[0]) if fit.layouts else None
-        verdict = self._verdict(call, fit, sequences, parameters, mode)
+        verdict = ran = self._verdict(call, fit, sequences, parameters, mode)
         tally = self.run.tally
         cells = verdict.cells(tally, name, device)
         place = self.run.place(name, self.pattern)
         begun = tally.begin(cells[0])
         if verdict.layouts:
             assert sequences is not None
-            with tally.hearing(cells, begun), placing(place):
-                out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters, verdict.precision)
+            how = verdict.layouts, verdict.backend, parameters, verdict.precision
+            try:
+                with tally.hearing(cells, begun), placing(place), verdict.weighing():
+                    out = sequences.attend(self.pattern, *how)
+            except Outdone as lists:
+                ran, out = verdict.outdone(lists.listed), self.stock(call)
+                cells = ran.cells(tally, name, device)
         else:
             out = self.stock(call)
         tally.end(cells, begun)
         if self.run.watcher is not None and site is not None and not (fit.why or call.causal or call.dropout):
             # Who looks sees what was kept.
-            layouts = () if verdict.slower else fit.layouts
+            layouts = () if ran.slower else fit.layouts
             with placing(place):
                 show(self.run, site, self.pattern, call, out, layouts, fit.keys, parameters)
         forward = self.run.forward
@@ -136,14 +142,14 @@ class Runner:
             # No forward ends, after which nobody is in a module.
             self.run.here.site = None
         else:
-            self.note(forward, name, verdict)
+            self.note(forward, name, ran)
             padded = sequences is not None and sequences.rows is not None
             if key is not None and not (parameters or verdict.why or padded or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
                     forward.ready.clear()
                 plain = not (tells(self.pattern) or self.pattern.remembers)
                 forward.ready[key] = Ready(verdict, plain)
-        return out, verdict.layouts
+        return out, ran.layouts
 
     def key(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, heads_first: bool, mode: Mode
@@ -217,13 +223,14 @@ class Runner:
         if not verdict.layouts:
             here.rested = self._rested(verdict, cells) if here.rested is None and cells[0].on_gpu else False
             out = stock()
-        elif heads_first:
-            out = self._listed(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, name, ready, cells, begun
-            )
-            out = out.transpose(1, 2)
         else:
-            out = self._listed(q, k, v, scale, name, ready, cells, begun)
+            try:
+                own = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if heads_first else (q, k, v)
+                out = self._listed(*own, scale, name, ready, cells, begun)
+                out = out.transpose(1, 2) if heads_first else out
+            except Outdone as lists:
+                out, verdict = stock(), verdict.outdone(lists.listed)
+                cells = verdict.cells(tally, name, q.device)
         tally.end(cells, begun)
         if verdict.kind == "sparse" or verdict.slower or isinstance(self.given, Staged):
             self.note(forward, name, verdict)
@@ -252,7 +259,7 @@ class Runner:
         run = attention if verdict.precision is None else attention_through
         if ready.plain:
             return run(q, k, v, pattern, verdict.layouts[0], **options)
-        with self.run.tally.hearing(cells, begun), placing(self.run.place(name, pattern)):
+        with self.run.tally.hearing(cells, begun), placing(self.run.place(name, pattern)), verdict.weighing():
             return run(q, k, v, pattern, verdict.layouts[0], **options)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
@@ -261,7 +268,7 @@ class Runner:
         if self._strange(site):
             return self.stock(call)
         name, tally = site or self.unnamed, self.run.tally
-        verdict = Verdict("dense", shapes=_shapes(call), why=why)
+        verdict = Verdict("dense", shapes=call.shapes, why=why)
         cells = verdict.cells(tally, name, call.q.device)
         begun = tally.begin(cells[0])
         out = self.stock(call)
@@ -356,7 +363,7 @@ class Runner:
     ) -> Verdict:
         """What runs for a call that fits, or does not, and how it counts."""
         if sequences is None:
-            return Verdict("dense", shapes=_shapes(call), why=fit.why)
+            return Verdict("dense", shapes=call.shapes, why=fit.why)
         forward = self.run.forward
         precision = None if forward is None or forward.precise else self._precision(forward, call)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
@@ -391,7 +398,3 @@ class Runner:
         """Remember with a forward what happened at a module."""
         if forward is not None:
             forward.note(name, verdict, name == self.unnamed, isinstance(self.given, Staged))
-
-
-def _shapes(call: AttentionCall) -> Hashable:
-    return call.q.shape, call.k.shape, call.q.dtype

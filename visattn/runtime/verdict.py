@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -11,12 +13,16 @@ from visattn.counts import Cell, Kind
 from visattn.crossing import crossing, slower_in_8_bits
 from visattn.dispatch import choose
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.outdone import weighing
+from visattn.patterns import DynamicPattern, Pattern
 from visattn.problem import Problem
 from visattn.tally import Tally
 
 # How a call is made. One that a CUDA graph captures is decided as its warm-up was, which made plans and kernels for it.
 Mode = Literal["eager", "compiled"]
+# Lists are told apart by so many parts of the keys.
+SHARES = 32
+NOTHING = nullcontext()
 # Decisions kept for one kind of forward; each is a few hundred bytes.
 MANY = 1024
 
@@ -34,6 +40,7 @@ class Verdict(NamedTuple):
         slower: What the estimates are, if `auto` keeps the call dense.
         precision: What the pattern computes in, None for the dtype of the call.
         exact: What the estimates are, if that is so although the problems are posed in 8 bits.
+        weighs: Whether lists that q and k make longer than expected may still be left to the model's own attention.
     """
 
     kind: Kind
@@ -45,6 +52,23 @@ class Verdict(NamedTuple):
     slower: str = ""
     precision: str | None = None
     exact: str = ""
+    weighs: bool = False
+
+    def weighing(self) -> AbstractContextManager[None]:
+        """Around a call that runs the pattern: engines that are about to run lists raise `Outdone` where those lose."""
+        return weighing(self._outdone) if self.weighs else NOTHING
+
+    def _outdone(self, layout: Layout, listed: float) -> bool:
+        """Whether dense attention is faster where so large a share of the keys is visited."""
+        found = next((_listing(problem, listed) for problem in self.problems if problem.layout == layout), None)
+        estimated = None if found is None else crossing(found)
+        return estimated is not None and estimated.dense_pays_inside
+
+    def outdone(self, listed: float) -> Verdict:
+        """What ran instead where it was; what was decided holds for later calls, whose lists may be shorter."""
+        problems = tuple(_listing(problem, listed) for problem in self.problems)
+        reasons = [found.reason for found in map(crossing, problems) if found is not None]
+        return Verdict("dense", problems=problems, slower=reasons[0])
 
     def cells(self, tally: Tally, site: str, device: torch.device) -> tuple[Cell, ...]:
         """Where calls of a module count."""
@@ -54,10 +78,25 @@ class Verdict(NamedTuple):
         return tuple(tally.cell(site, self.kind, None, device, problem, kept=kept) for problem in self.problems)
 
 
+def _listing(problem: Problem, listed: float) -> Problem:
+    """A problem whose lists are known to visit a share of the keys, which is rounded so that problems stay few."""
+    return replace(problem, listed=math.ceil(listed * SHARES) / SHARES)
+
+
 def why_exact(problems: tuple[Problem, ...], backend: str, always: bool) -> str:
     """Why a call that is posed in 8 bits is computed in its own dtype, "" if it is not; arguments as of `judge`."""
     reasons = [slower_in_8_bits(problem) for problem in problems] if backend == "auto" and not always else [""]
     return reasons[0] if all(reasons) else ""
+
+
+def weighs(problems: tuple[Problem, ...], backend: str, always: bool) -> bool:
+    """Whether lists are weighed against dense attention once more when they have been made; arguments as of `judge`.
+
+    On a GPU its host would have to wait for them.
+    """
+    if backend != "auto" or always or any(problem.device != "cpu" for problem in problems):
+        return False
+    return all(isinstance(problem.pattern, DynamicPattern) and crossing(problem) is not None for problem in problems)
 
 
 def judge(
@@ -93,7 +132,8 @@ def judge(
         if slower and len(slower) == len(problems):
             return Verdict("dense", problems=problems, slower=slower[0].reason)
     chosen = choose(problems[0], backend).name if len(problems) == 1 else backend
-    return Verdict("sparse", layouts, chosen, posed, precision=precision, exact=exact)
+    again = dense and precision is None and weighs(problems, backend, always)
+    return Verdict("sparse", layouts, chosen, posed, precision=precision, exact=exact, weighs=again)
 
 
 @dataclass
