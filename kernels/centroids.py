@@ -16,6 +16,8 @@ from visattn.problem import Call, OtherKind, Problem, Support
 
 # Added to the number of centroids that took a query, as in the original.
 EPSILON = 1e-5
+# Pairs of dense attention that finding the nearest tokens costs a CPU for each token and head.
+TOKEN = 1000.0
 
 
 class CentroidsBackend(Backend):
@@ -41,6 +43,7 @@ class CentroidsBackend(Backend):
         assert isinstance(pattern, Centroids)
         number = min(pattern.window, layout.tokens)
         pairs = pattern.clusters * number * (number + layout.length - layout.tokens)
+        pairs += TOKEN * layout.tokens if problem.device == "cpu" else 0.0
         return float(problem.batch * problem.heads * pairs) + overhead(problem, 1.0, 500)
 
     def run(

@@ -14,6 +14,9 @@ from visattn.patterns.tailed import holding
 from visattn.prepare import run_like
 from visattn.problem import PRECISIONS, Call, OtherKind, Problem, Support
 
+# Pairs of dense attention that pools cost a CPU for each token and head.
+TOKEN = 250.0
+
 
 class GateBackend(Backend):
     """Runs gates, by the backends that run the pattern that picks."""
@@ -36,7 +39,8 @@ class GateBackend(Backend):
         """That of the pattern that picks."""
         assert isinstance(problem.pattern, Gate)
         own = replace(problem, pattern=problem.pattern.by)
-        return choose(own).cost(own) + overhead(problem, 0.5, 100)
+        pooled = TOKEN * problem.layout.tokens * problem.batch * problem.heads if problem.device == "cpu" else 0.0
+        return choose(own).cost(own) + pooled + overhead(problem, 0.5, 100)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

@@ -23,6 +23,8 @@ from visattn.problem import Call, OtherKind, Problem, Support
 
 # Tokens that are pooled to see whether queries and keys have drifted.
 RUN = 64
+# What a pair of a row costs that is measured, masks of all patterns included, in pairs of dense attention.
+ROW = {"cpu": 6.0}
 
 
 class Heads(Backend):
@@ -53,6 +55,7 @@ class Heads(Backend):
             own = replace(problem, pattern=each)
             found += cheapest(own, _others()).cost(own) * parts.count(each) / len(parts)
         rows = pattern.rows * len(pattern.patterns) if isinstance(pattern, Best) else 0
+        rows *= ROW.get(problem.device, 1.0)
         return found + problem.dense_pairs * rows / problem.layout.length + overhead(problem, 0.5, 200)
 
     def run(

@@ -22,6 +22,10 @@ from visattn.problem import Call, OtherKind, Problem, Support
 
 # Channels behind those of a head, where sampled keys carry a weight: it in two parts, and what hides them from text.
 CHANNELS, HIDDEN = 8, -1e4
+# Pairs of dense attention that making groups costs a CPU for each token and head, where that is a hash or a mean.
+TOKEN = 200.0
+# And what holding a token against a group costs, once.
+GROUP = 3.0
 
 
 class Ordered(Backend):
@@ -40,11 +44,14 @@ class Ordered(Backend):
         return Support(True)
 
     def cost(self, problem: Problem) -> float:
-        """That of the lists, and of moving every token twice."""
+        """That of the lists, of making groups, and of moving every token twice."""
         pattern = problem.pattern
         assert isinstance(pattern, OrderedPattern)
         own = _carried_problem(problem, pattern)
-        return choose(own).cost(own) + overhead(problem, 3.0, 1000)
+        each = TOKEN + GROUP * pattern.passes() * sum(pattern.groups(problem.layout))
+        grouped = each * problem.layout.tokens * own.batch if problem.device == "cpu" else 0.0
+        wider = own.head_dim / problem.head_dim
+        return wider * choose(own).cost(own) + grouped + overhead(problem, 3.0, 1000)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
@@ -240,8 +247,11 @@ def _carried_problem(problem: Problem, pattern: OrderedPattern) -> Problem:
     tiles = pattern.tiles(layout)
     own = Carried(tiles[0], tiles[1], slots // tiles[1], pattern.expected(layout))
     batch = max(1, problem.batch) * problem.heads
-    sequence = Layout((slots,), layout.prefix + layout.suffix)
-    return replace(problem, pattern=own, layout=sequence, batch=batch, heads=1, kv_heads=1, key_mask=True)
+    # Keys that everybody sees are dense tokens of the sequence, on all sides.
+    more = pattern.more_keys(layout)
+    sequence = Layout((slots,), layout.prefix + layout.suffix, more)
+    dim = problem.head_dim + CHANNELS * bool(more)
+    return replace(problem, pattern=own, layout=sequence, batch=batch, heads=1, kv_heads=1, head_dim=dim, key_mask=True)
 
 
 def _tell(found: Clustered) -> None:

@@ -95,6 +95,10 @@ class KMeans(OrderedPattern):
         """`floor`, or half of what is not left out: how many clusters carry `p` is known only with q and k."""
         return max(self.floor, 0.25 * self.p)
 
+    def passes(self) -> int:
+        """`step`, and once for the groups themselves."""
+        return self.step + 1
+
     def cluster(
         self,
         q: torch.Tensor,

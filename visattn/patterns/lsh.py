@@ -76,6 +76,10 @@ class Lsh(OrderedPattern):
         """One run each."""
         return min(1.0, self.block / layout.tokens)
 
+    def more_keys(self, layout: Layout) -> int:
+        """`samples`."""
+        return self.samples
+
     def cluster(
         self,
         q: torch.Tensor,

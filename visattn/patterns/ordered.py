@@ -70,6 +70,14 @@ class OrderedPattern(ComposedPattern):
     def expected(self, layout: Layout) -> float:
         """Share of the grid's pairs that is seen, for estimates."""
 
+    def more_keys(self, layout: Layout) -> int:
+        """Keys of the grid that all queries of a head see once more, for estimates."""
+        return 0
+
+    def passes(self) -> int:
+        """How often all tokens are held against all groups in a call that follows another, for estimates."""
+        return 0
+
     def token_mask(self, found: Clustered, layout: Layout) -> torch.Tensor:
         """Visibility of all tokens to each other, without the extra keys: bool [B, H, S, S].
 
