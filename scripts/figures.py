@@ -106,6 +106,21 @@ def cpu_table() -> str:
     return table(["case", "FLOP bound", "tile bound", "faster than the peer", "time", "peer's time"], rows)
 
 
+def cpu_chosen_table() -> str:
+    """Ways to choose lists on a CPU: the share of dense attention's time that was estimated and that was measured."""
+    rows = []
+    for case in result("cpu-crossing-chosen")["rows"]:
+        shape = f"{'x'.join(map(str, case['grid']))}{', smooth' * case['smooth']}"
+        shape += f", {case['dtype']}" * (case["dtype"] != "float32")
+        shape += f", batch {case['batch']}, {case['dim']} channels" * (case["batch"] > 1)
+        estimated = f"{case['estimated_sparse_ms'] / case['estimated_dense_ms']:.2f}"
+        runs = case["choice"]
+        if runs == "applied":
+            runs = f"dense, for {case['listed']:.2f} were listed: {case['applied_ms'] / case['dense_ms']:.2f}"
+        rows.append([f"`{case['pattern']}`", shape, estimated, f"{case['sparse_ms'] / case['dense_ms']:.2f}", runs])
+    return table(["pattern", "tokens", "estimated", "measured", "what apply runs"], rows)
+
+
 def digits_vit_table() -> str:
     """What patterns cost the small ViT, before and after fine-tuning."""
     found, rows = result("digits-vit"), []
@@ -178,6 +193,7 @@ def _before_and_after(row: dict[str, Any]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
+    "cpu-chosen": cpu_chosen_table,
     "gpu-packages": gpu_packages_table,
     "gpu-peers": gpu_peers_table,
     "gpu-shapes": gpu_shapes_table,
