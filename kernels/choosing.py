@@ -9,18 +9,19 @@ from visattn.patterns.choice.scores import Score
 from visattn.patterns.ordered import Carried
 
 # All of these are per head, in channels of dense attention, for each ... (docs/cpu-engine.md has the measurement):
-# ... pair of blocks, or of parts of blocks, that is scored and picked from; half more where scores are sorted, ...
+# ... pair of blocks, or of parts of blocks, that is scored and picked from; as much again where scores are sorted, ...
 BLOCK_PAIR, PART_PAIR, SORTED_PAIR = 800.0, 320.0, 800.0
 # ... pair of tokens whose small integers are multiplied, or that the test of `skip` looks at, ...
 LOWBIT_PAIR, SKIP_PAIR = 120.0, 100.0
 # ... and pair of runs along whose antidiagonals products are summed.
-RUN_PAIR = 180.0
+RUN_PAIR = 120.0
 # The products in these, in pairs: for each pair of tokens, and for a pair of runs of one token.
 LOWBIT, SKIP, RUN = 1.5, 0.6, 0.5
 # Pairs for each token: bounds of blocks, runs in a row, how alike tokens are.
 BOUNDS_TOKEN, RUN_TOKEN, ALIKE_TOKEN = 190.0, 100.0, 50.0
-# Pairs for each token of what is added behind the softmax.
+# Pairs for each token of what is added behind the softmax; a slope has scores of queries and pooled keys besides.
 TAIL_TOKEN = {"slope": 150.0, "linear": 300.0, "coarse": 120.0}
+SLOPE_PAIR = 350.0
 
 
 def choosing_cost(pattern: Pattern, layout: Layout, head_dim: int) -> float:
@@ -41,6 +42,8 @@ def choosing_cost(pattern: Pattern, layout: Layout, head_dim: int) -> float:
         cost += tokens**2 * (SKIP + SKIP_PAIR / head_dim)
     if pattern.alike is not None:
         cost += tokens * ALIKE_TOKEN
+    if pattern.rest == "slope":
+        cost += tokens * blocks.columns * SLOPE_PAIR / head_dim
     return cost + tokens * TAIL_TOKEN.get(pattern.rest, 0.0)
 
 
