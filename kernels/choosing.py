@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Pattern
 from visattn.patterns.choice.blocks import Blocks
@@ -24,6 +26,11 @@ TAIL_TOKEN = {"slope": 150.0, "linear": 300.0, "coarse": 120.0}
 SLOPE_PAIR = 350.0
 
 
+def unshared(pairs: float) -> float:
+    """What small operators cost that share threads half as well as products do, in pairs of all threads together."""
+    return pairs * (1 + torch.get_num_threads()) / 2
+
+
 def choosing_cost(pattern: Pattern, layout: Layout, head_dim: int) -> float:
     """Pairs per head that the choice of a pattern costs, beyond what its tokens and scores of means of 64 take.
 
@@ -44,7 +51,7 @@ def choosing_cost(pattern: Pattern, layout: Layout, head_dim: int) -> float:
         cost += tokens * ALIKE_TOKEN
     if pattern.rest == "slope":
         cost += tokens * blocks.columns * SLOPE_PAIR / head_dim
-    return cost + tokens * TAIL_TOKEN.get(pattern.rest, 0.0)
+    return unshared(cost + tokens * TAIL_TOKEN.get(pattern.rest, 0.0))
 
 
 def _scoring(score: Score, blocks: Blocks, tokens: int, head_dim: int) -> float:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, overhead, wall
-from visattn.kernels.choosing import choosing_cost
+from visattn.kernels.choosing import choosing_cost, unshared
 from visattn.kernels.fused import fused
 from visattn.kernels.masks import visible
 from visattn.kernels.scores import log_sum_exp
@@ -62,7 +62,7 @@ class Sdpa(Backend):
         if masked and problem.device != "cuda" and isinstance(problem.pattern, RoutedPattern):
             own_ms += CHOOSING_MS
             apart = isinstance(problem.pattern, DynamicPattern)
-            pairs += problem.dense_pairs * CHOSEN[apart] / problem.head_dim
+            pairs += unshared(problem.dense_pairs * CHOSEN[apart] / problem.head_dim)
             choosing = choosing_cost(problem.pattern, problem.layout, problem.head_dim)
             pairs += max(1, problem.batch) * problem.heads * choosing
         # Few queries are bound by one program's way through all keys.

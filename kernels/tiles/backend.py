@@ -12,7 +12,7 @@ import torch
 
 from visattn.dispatch import Backend, Prepared, overhead
 from visattn.keep import kept
-from visattn.kernels.choosing import choosing_cost
+from visattn.kernels.choosing import choosing_cost, unshared
 from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import AxisKinds, box_groups
 from visattn.kernels.tiles.eightbit import simulate, simulates
@@ -92,7 +92,7 @@ class Tiles(Backend):
             n, queries, keys = problems.pop(0)
             pools = isinstance(pattern, DynamicPattern) and pattern.pools_rest
             rows = ROWS_PAIR / problem.head_dim if _rows_differ(pattern, layout) else 0.0
-            pairs += n * routed_cost(queries, keys, rows) + token_cost(layout.length, pools)
+            pairs += n * routed_cost(queries, keys, rows) + unshared(token_cost(layout.length, pools))
             fixed += ROUTE_MS
         row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
         batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)

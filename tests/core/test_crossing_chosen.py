@@ -15,10 +15,11 @@ from visattn.problem import Problem
 CHOSEN_ON_CPU = json.loads((ROOT / "docs/results/cpu-crossing-chosen.json").read_text())["rows"]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
-    """Puts the number of threads back."""
+    """One thread; puts their number back."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -37,7 +38,7 @@ def case(row):
 
 @pytest.mark.crossing
 @pytest.mark.parametrize("row", CHOSEN_ON_CPU, ids=case)
-def test_what_runs_of_lists_that_are_chosen_is_hardly_slower_than_dense_attention(row, threads):
+def test_what_runs_of_lists_that_are_chosen_is_hardly_slower_than_dense_attention(row):
     """Every score, rest, test and size of blocks has its price; lists longer than expected are weighed once more."""
     found, ratio = on_cpu(row), row["sparse_ms"] / row["dense_ms"]
     if found.dense_pays_inside:
@@ -51,7 +52,7 @@ def test_what_runs_of_lists_that_are_chosen_is_hardly_slower_than_dense_attentio
 
 
 @pytest.mark.crossing
-def test_few_choices_of_lists_on_a_cpu_are_wrong(threads):
+def test_few_choices_of_lists_on_a_cpu_are_wrong():
     wrong = [row for row in CHOSEN_ON_CPU if row["dense_ms"] > 1.3 * row["sparse_ms"] and on_cpu(row).dense_pays_inside]
     slow = [row for row in CHOSEN_ON_CPU if row.get("applied_ms", 0) > 1.25 * row["dense_ms"]]
     assert len(CHOSEN_ON_CPU) > 50 and len(wrong + slow) <= 0.05 * len(CHOSEN_ON_CPU)
@@ -89,6 +90,17 @@ def test_small_blocks_of_keys_leave_tiles_of_queries_whole():
         for text in ("topk(keep=0.15, block=8x8, key_block=2x4)", "topk(keep=0.15, block=8x8)")
     ]
     assert costs[0] < 1.3 * costs[1]
+
+
+@pytest.mark.crossing
+def test_choosing_shares_threads_less_well_than_products_do():
+    call = problem("topk(keep=0.15, score=bounds)", (32, 32), 4, 64, dtype=torch.float32, device="cpu")
+    shares = []
+    for number in (1, 2, 8):
+        torch.set_num_threads(number)
+        shares.append(crossing(call).sparse_ms / crossing(call).dense_ms)
+    assert shares[0] + 0.2 < shares[1] < shares[2]
+    assert dispatch.choose(call).name == "tiles"
 
 
 def test_lists_that_are_known_cost_what_they_visit():
