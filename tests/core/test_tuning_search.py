@@ -294,8 +294,11 @@ class TestSearch:
             assert set(measured(measurer)[0][0]) == set(names)
 
     def test_one_of_the_goals(self):
-        for goal in (Goal(), Goal(psnr=30.0, speedup=2.0)):
-            with pytest.raises(ValueError, match="either the least PSNR, the most accuracy"):
+        for goal, given in (
+            (Goal(), "psnr=None, speedup=None"),
+            (Goal(psnr=30.0, speedup=2.0), "psnr=30.0, speedup=2.0"),
+        ):
+            with pytest.raises(ValueError, match=f"{given} and accuracy=None: pass one, the least PSNR"):
                 search(goal)
 
 

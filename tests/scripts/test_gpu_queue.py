@@ -317,7 +317,7 @@ def test_the_list_is_whole_and_its_commands_are_understood():
         assert not timed or each.alone != ("--shared" in each.words), each.name
 
 
-@pytest.mark.parametrize("call", ["kernels", "parts", "dynamic", "short"])
+@pytest.mark.parametrize("call", ["kernels", "parts", "short", "step"])
 def test_the_first_calls_fit_into_their_time(call):
     found, late = simulated(read_plan().chosen([call]), TWO, 560.0 - GRACE)
     assert not late
