@@ -49,8 +49,9 @@ class Launches(list):
 
     def address(self, tensor):
         """Stands for `Tensor.data_ptr`."""
-        storage = tensor.untyped_storage()
-        self.memory[storage.data_ptr()] = storage
+        if not self.quiet:
+            storage = tensor.untyped_storage()
+            self.memory[storage.data_ptr()] = storage
         return ADDRESS(tensor)
 
     def check_held(self, name, address):
