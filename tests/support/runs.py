@@ -44,10 +44,12 @@ def killed(command, checkpoint):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
         time.sleep(0.01)
-    # What a launcher has started would go on without it.
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+    # What a launcher has started would go on without it, and holds its locks until it is gone.
+    started = psutil.Process(process.pid).children(recursive=True)
+    for each in (*started, process):
         each.send_signal(signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(started, timeout=60)
 
 
 @contextmanager
