@@ -8,6 +8,7 @@ import torch
 
 from visattn.dispatch import Backend, overhead
 from visattn.kernels.agent.attention import attend
+from visattn.kernels.choosing import on_every_token
 from visattn.operands import repeated, widened
 from visattn.patterns import Centroids
 from visattn.patterns.choice.blocks import inner
@@ -43,8 +44,8 @@ class CentroidsBackend(Backend):
         assert isinstance(pattern, Centroids)
         number = min(pattern.window, layout.tokens)
         pairs = pattern.clusters * number * (number + layout.length - layout.tokens)
-        pairs += TOKEN * layout.tokens if problem.device == "cpu" else 0.0
-        return float(problem.batch * problem.heads * pairs) + overhead(problem, 1.0, 500)
+        found = on_every_token(problem, TOKEN) + overhead(problem, 1.0, 500)
+        return float(problem.batch * problem.heads * pairs) + found
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

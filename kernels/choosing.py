@@ -9,6 +9,7 @@ from visattn.patterns import DynamicPattern, Pattern
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.scores import Score
 from visattn.patterns.ordered import Carried
+from visattn.problem import Problem
 
 # All of these are per head, in channels of dense attention, for each ... (docs/cpu-engine.md has the measurement):
 # ... pair of blocks, or of parts of blocks, that is scored and picked from; as much again where scores are sorted, ...
@@ -29,6 +30,11 @@ SLOPE_PAIR = 350.0
 def unshared(pairs: float) -> float:
     """What small operators cost that share threads half as well as products do, in pairs of all threads together."""
     return pairs * (1 + torch.get_num_threads()) / 2
+
+
+def on_every_token(problem: Problem, each: float) -> float:
+    """Pairs that a CPU takes for every token of all heads, which are not counted on a GPU."""
+    return each * problem.layout.tokens * problem.batch * problem.heads if problem.device == "cpu" else 0.0
 
 
 def choosing_cost(pattern: Pattern, layout: Layout, head_dim: int) -> float:

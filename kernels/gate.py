@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, choose, overhead
+from visattn.kernels.choosing import on_every_token
 from visattn.patterns import Gate
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.tailed import holding
@@ -39,8 +40,7 @@ class GateBackend(Backend):
         """That of the pattern that picks."""
         assert isinstance(problem.pattern, Gate)
         own = replace(problem, pattern=problem.pattern.by)
-        pooled = TOKEN * problem.layout.tokens * problem.batch * problem.heads if problem.device == "cpu" else 0.0
-        return choose(own).cost(own) + pooled + overhead(problem, 0.5, 100)
+        return choose(own).cost(own) + on_every_token(problem, TOKEN) + overhead(problem, 0.5, 100)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

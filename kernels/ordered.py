@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from visattn.dispatch import Backend, choose, overhead
+from visattn.kernels.choosing import on_every_token
 from visattn.kernels.masks import ordered_rest
 from visattn.layout import Layout
 from visattn.operands import repeated
@@ -49,9 +50,8 @@ class Ordered(Backend):
         assert isinstance(pattern, OrderedPattern)
         own = _carried_problem(problem, pattern)
         each = TOKEN + GROUP * pattern.passes() * sum(pattern.groups(problem.layout))
-        grouped = each * problem.layout.tokens * own.batch if problem.device == "cpu" else 0.0
         wider = own.head_dim / problem.head_dim
-        return wider * choose(own).cost(own) + grouped + overhead(problem, 3.0, 1000)
+        return wider * choose(own).cost(own) + on_every_token(problem, each) + overhead(problem, 3.0, 1000)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

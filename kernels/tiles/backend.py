@@ -206,13 +206,11 @@ def _is_routed(pattern: Pattern, layout: Layout) -> bool:
 def _routed_plan(pattern: Pattern, layout: Layout) -> TilePlan:
     """The tiles of a routed pattern: its own, or larger ones of queries where its blocks are small."""
     shared = sharing_tiles(pattern, layout, SHARING)
-    if shared is None:
-        if not isinstance(pattern, DynamicPattern):
-            return plan(pattern, layout)
-        grid = pattern.tiled_layout(layout).grid
-        return plan(pattern, layout, (pattern.side_tile(grid, BITS, False), pattern.side_tile(grid, BITS, True)))
-    grid = shared.tiled_layout(layout).grid
-    return plan(shared, layout, (shared.side_tile(grid, BITS, keys=False), shared.side_tile(grid, BITS, keys=True)))
+    own = pattern if shared is None else shared
+    if not isinstance(own, DynamicPattern):
+        return plan(own, layout)
+    grid = own.tiled_layout(layout).grid
+    return plan(own, layout, (own.side_tile(grid, BITS, keys=False), own.side_tile(grid, BITS, keys=True)))
 
 
 def _rows_differ(pattern: Pattern, layout: Layout) -> bool:

@@ -186,8 +186,6 @@ class Triton(Backend):
                 # These kernels compute with more channels than some head dims have.
                 tiles, rate, keys_us = faster, HOPPER_RATE * head_dim / width(head_dim), HOPPER_KEYS_US
         shared = sharing_tiles(problem.pattern, problem.layout, SHARING) if problem.precision is None else None
-        keys = block_tokens(problem.pattern, problem.layout).get("key_grad")
-        tiles = tiles if tiles.hopper or shared or keys is None else packed(tiles, keys)
         halves = QUERY_HALVES if tiles.halves else None
         plan = tiled(shared or problem.pattern, problem.layout, tiles.rows, tiles.tile, halves)
         partial = 1 if shared else 1 - plan.full_share
